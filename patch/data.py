@@ -1,0 +1,233 @@
+"""Token sets: calibration, training and perplexity text as token ids, made once and read by every method.
+
+Documented sampling, one per purpose (sources: WANDA `lib/data.py`, SLIM `slim/data.py`, PATCH `patch/data.py`):
+
+* "windows" (calibration of the papers): draw documents at random, with replacement, until one has more
+  than `length` tokens; take a random window of it. `random.Random(seed)`, calls in the papers' order.
+* "packed": concatenate documents and cut into blocks of `length`. With a seed the blocks are shuffled and
+  the first `samples` kept (calibration from little text); without, they stay in order (training: packed
+  within batches of 1000 documents, the tail of each batch dropped).
+* "joined" (perplexity): join all documents with a blank line, tokenise once, cut into blocks in order and
+  drop the remainder, so only the first block holds a BOS token.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from patch import embedded
+from patch.artefacts import PatchError, checksum_tensors, read_tensors, write_tensors
+from patch.hub import hub_access
+from patch.models import tokenizer_checksum
+
+SCHEMA = "patch.tokens/1"
+PACKING_BATCH = 1000
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HubText:
+    """A text data set on the hub, pinned to the files that the papers read."""
+
+    repository: str
+    split: str
+    column: str = "text"
+    name: str | None = None
+    files: str | None = None
+
+
+# name: the data sets for calibration or training ("train") and for perplexity ("test")
+HUB_TEXTS = {
+    "c4": {
+        "train": HubText("allenai/c4", "train", files="en/c4-train.00000-of-01024.json.gz"),
+        "test": HubText("allenai/c4", "train", files="en/c4-validation.00000-of-00008.json.gz"),
+    },
+    "wikitext2": {
+        "train": HubText("Salesforce/wikitext", "train", name="wikitext-2-raw-v1"),
+        "test": HubText("Salesforce/wikitext", "test", name="wikitext-2-raw-v1"),
+    },
+    "slimpajama": {
+        "train": HubText("DKYoon/SlimPajama-6B", "train"),
+        "test": HubText("DKYoon/SlimPajama-6B", "test"),
+    },
+}
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Token ids with the story of how they came about."""
+
+    ids: Tensor
+    """int32 [sequences, length]"""
+    protocol: dict[str, Any]
+    """source, revision, split, sampling, length, samples, seed, tokenizer (checksum), bos."""
+
+    def save(self, path: Path | str) -> str:
+        """Write atomically; returns the checksum of the ids."""
+        return write_tensors(path, {"ids": self.ids.to(torch.int32)}, SCHEMA, self.protocol)
+
+    @classmethod
+    def load(cls, path: Path | str) -> TokenSet:
+        """Raises PatchError for a missing, truncated, altered or foreign file."""
+        tensors, protocol, _ = read_tensors(path, SCHEMA)
+        return cls(tensors["ids"], protocol)
+
+    @property
+    def checksum(self) -> str:
+        return checksum_tensors({"ids": self.ids})
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raise PatchError when an id does not exist in a vocabulary of `size`."""
+        if int(self.ids.max()) >= size:
+            raise PatchError(
+                f"tokens of {self.protocol['source']}: id {int(self.ids.max())} does not exist in the model's "
+                f"vocabulary of {size}; they were made with another model's tokenizer, prepare them again."
+            )
+
+
+def make_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    *,
+    sampling: str,
+    length: int,
+    samples: int | None = None,
+    seed: int | None = None,
+    split: str | None = None,
+) -> TokenSet:
+    """Tokenise `samples` sequences of `length` from `source` (see the module's docstring for `sampling`).
+
+    source: a name of HUB_TEXTS, "embedded:c4", "embedded:wikipedia", or a .txt, .json(l) or .parquet file.
+    samples: None for all that the text holds (not for "windows"). split: "train", or "test" for perplexity.
+    Raises PatchError when the source cannot be read or holds too little text.
+    """
+    split = split or ("test" if sampling == "joined" else "train")
+    documents, revision = read_documents(source, split)
+    sample = {"windows": _windows, "packed": _packed, "joined": _joined}[sampling]
+    ids = sample(tokenizer, documents, length, samples, seed)
+    if len(ids) < (samples or 1):
+        raise PatchError(
+            f"text {source}: holds {len(ids)} sequences of {length} tokens ({sampling}), "
+            f"{samples or 'at least 1'} wanted; ask for fewer or shorter ones, or use more text."
+        )
+    log.info("%s: %d sequences of %d tokens", source, *ids.shape)
+    protocol = {
+        "source": source,
+        "revision": revision,
+        "split": split,
+        "sampling": sampling,
+        "length": length,
+        "samples": len(ids),
+        "seed": seed,
+        "tokenizer": tokenizer_checksum(tokenizer),
+        "bos": bool(tokenizer.bos_token_id is not None and ids[0, 0] == tokenizer.bos_token_id),
+    }
+    return TokenSet(ids, protocol)
+
+
+def read_documents(source: str, split: str) -> tuple[list[str], str | None]:
+    """The documents of a source in their order, and the revision of its data set on the hub, if it is there."""
+    if source.startswith(embedded.PREFIX):
+        return embedded.documents(source, split), None
+    if source in HUB_TEXTS:
+        return _hub_documents(HUB_TEXTS[source][split])
+    path = Path(source).expanduser()
+    if path.suffix not in (".txt", ".json", ".jsonl", ".parquet"):
+        known = [*HUB_TEXTS, *(embedded.PREFIX + name for name in embedded.TEXTS)]
+        raise PatchError(f"text {source}: not one of {', '.join(known)}, nor a .txt, .json, .jsonl or .parquet file.")
+    if not path.is_file():
+        raise PatchError(f"text {source}: no such file.")
+    try:
+        return _file_documents(path), None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise PatchError(
+            f"text {source}: cannot be read ({error}); JSON and Parquet need a text column named 'text'."
+        ) from None
+
+
+def _hub_documents(text: HubText) -> tuple[list[str], str | None]:
+    import datasets
+    from huggingface_hub import HfApi
+
+    with hub_access(f"data set {text.repository}"):
+        # datasets' own check of split sizes fails when only some of the files are asked for
+        loaded = datasets.load_dataset(
+            text.repository,
+            text.name,
+            split=text.split,
+            data_files={text.split: text.files} if text.files else None,
+            verification_mode="no_checks" if text.files else None,
+        )
+        try:
+            revision = HfApi().dataset_info(text.repository).sha
+        except Exception:  # offline, from the cache: the data are what they are, their revision is not known
+            revision = None
+    return list(loaded[text.column]), revision
+
+
+def _file_documents(path: Path) -> list[str]:
+    if path.suffix == ".txt":
+        return [part for part in path.read_text().split("\n\n") if part.strip()]
+    if path.suffix == ".parquet":
+        import pandas as pd
+
+        return [str(text) for text in pd.read_parquet(path, columns=["text"])["text"]]
+    if path.suffix == ".jsonl":
+        return [json.loads(line)["text"] for line in path.read_text().splitlines() if line.strip()]
+    return [document["text"] for document in json.loads(path.read_text())]
+
+
+def _windows(
+    tokenizer: PreTrainedTokenizerBase, documents: list[str], length: int, samples: int | None, seed: int | None
+) -> Tensor:
+    if samples is None:
+        raise PatchError("sampling 'windows' draws with replacement and needs the number of samples.")
+    # An unlucky source must not loop for ever: characters bound tokens from above.
+    if not any(len(tokenizer(text).input_ids) > length for text in documents if len(text) > length):
+        raise PatchError(
+            f"no document has more than {length} tokens, as sampling 'windows' needs; use 'packed' or a shorter length."
+        )
+    generator = random.Random(seed)
+    windows = []
+    while len(windows) < samples:
+        ids = tokenizer(documents[generator.randint(0, len(documents) - 1)]).input_ids
+        if len(ids) > length:
+            start = generator.randint(0, len(ids) - length - 1)
+            windows.append(ids[start : start + length])
+    return torch.tensor(windows, dtype=torch.int32)
+
+
+def _packed(
+    tokenizer: PreTrainedTokenizerBase, documents: list[str], length: int, samples: int | None, seed: int | None
+) -> Tensor:
+    blocks: list[list[int]] = []
+    for batch in _batches(documents, PACKING_BATCH):
+        ids = [token for text in tokenizer(batch).input_ids for token in text]
+        blocks.extend(ids[start : start + length] for start in range(0, len(ids) - length + 1, length))
+        if seed is None and samples is not None and len(blocks) >= samples:
+            break
+    if seed is not None:
+        random.Random(seed).shuffle(blocks)
+    return torch.tensor(blocks[:samples], dtype=torch.int32).reshape(-1, length)
+
+
+def _joined(
+    tokenizer: PreTrainedTokenizerBase, documents: list[str], length: int, samples: int | None, seed: int | None
+) -> Tensor:
+    ids = torch.tensor(tokenizer("\n\n".join(documents)).input_ids, dtype=torch.int32)
+    return ids[: len(ids) // length * length].view(-1, length)[:samples]
+
+
+def _batches(items: list[str], size: int) -> Iterator[list[str]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

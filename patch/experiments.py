@@ -1,0 +1,507 @@
+"""Experiments: the config files, their validation, and the grid of cells they expand to.
+
+Light on purpose (no torch): the workflow reads it at every start.
+
+A config is one or more YAML layers; later ones override earlier ones key by key (lists are replaced), and a
+layer may name another to start from with `extends`. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from patch.artefacts import PatchError, checksum_json
+from patch.methods import METHODS, MethodName
+from patch.provenance import code_hash
+from patch.sparsity.patterns import Pattern
+
+TASKS = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa", "race", "hellaswag")
+"""The paper's eight zero-shot tasks, in the order of its tables."""
+
+
+class Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSource(Closed):
+    """A model of the grid."""
+
+    source: str
+    """Hub id, directory, or "embedded:smollm2-135m"."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub; None for its newest."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of weights and activations; "auto" is the one the model was saved in."""
+
+
+class Calibration(Closed):
+    """Text that one-shot methods look at. Defaults: 128 x 2048 tokens of C4, as in the papers."""
+
+    source: str = "c4"
+    """c4, slimpajama, wikitext2, embedded:c4, embedded:wikipedia, or a text, JSON or Parquet file."""
+    sampling: Literal["windows", "packed"] = "windows"
+    """windows: a random window of a random document that is long enough. packed: documents concatenated,
+    cut into blocks and shuffled; for sources with little text."""
+    samples: int = Field(128, gt=0)
+    """Number of sequences."""
+    length: int = Field(2048, gt=1)
+    """Tokens per sequence."""
+
+
+class PerplexityText(Closed):
+    """A text on which perplexity is measured: joined, tokenised once, cut into windows without overlap."""
+
+    source: str
+    """As in calibration; its test split is used."""
+    length: int = Field(4096, gt=1)
+    """Tokens per window. Values of different lengths do not compare."""
+    windows: int | None = Field(None, gt=0)
+    """Use only the first windows; None for all."""
+
+
+class Tasks(Closed):
+    """Zero-shot tasks of lm-evaluation-harness."""
+
+    names: tuple[str, ...] = TASKS
+    """Tasks and groups by their names there; the default is the paper's eight."""
+    source: Literal["hub", "embedded"] = "hub"
+    """Where the questions come from: the data sets on the hub, or the embedded copies."""
+    limit: int | None = Field(None, gt=0)
+    """Only the first questions of every task; None for all."""
+    limits: dict[str, int] = {}
+    """Other limits for single tasks; for a group such as mmlu it counts per member."""
+    batch_size: int = Field(8, gt=0)
+    """Fixed, because scores may depend on it in the last digit."""
+
+
+class Evaluation(Closed):
+    """What every cell is measured on."""
+
+    perplexity: dict[str, PerplexityText] = {"wikitext2": PerplexityText(source="wikitext2")}
+    """Texts by the name they get in tables."""
+    tasks: Tasks | None = Tasks()
+    """None for no tasks."""
+
+
+class GridBlock(Closed):
+    """A product of methods, patterns, sparsities and variants (times models and seeds)."""
+
+    methods: tuple[MethodName, ...]
+    patterns: tuple[str, ...] = ("2:4",)
+    """dense, unstructured, N:M or tiles:HEIGHTxWIDTH."""
+    sparsities: tuple[float, ...] = ()
+    """Targets in percent, for patterns that do not fix it."""
+    variants: tuple[str, ...] = ("default",)
+    """Names from `variants`."""
+    models: tuple[str, ...] | None = None
+    """Only these models; None for all."""
+
+
+class Selection(Closed):
+    """Part of a grid; a key that is not given matches everything."""
+
+    models: tuple[str, ...] | None = None
+    methods: tuple[MethodName, ...] | None = None
+    patterns: tuple[str, ...] | None = None
+    sparsities: tuple[float, ...] | None = None
+    variants: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+
+    def matches(self, cell: Cell) -> bool:
+        pairs: list[tuple[Any, Sequence[Any] | None]] = [
+            (cell.model, self.models),
+            (cell.method, self.methods),
+            (cell.pattern, self.patterns),
+            (cell.sparsity, self.sparsities),
+            (cell.variant, self.variants),
+            (cell.seed, self.seeds),
+        ]
+        return all(allowed is None or value in allowed for value, allowed in pairs)
+
+
+class Exclusion(Selection):
+    """Cells that are left out, and why."""
+
+    reason: str
+    """Printed wherever the cell would have stood."""
+
+
+class Experiment(Closed):
+    """One config file: a grid of cells and how they are measured."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    """Results go to results/NAME."""
+    description: str = ""
+    """For the report and MLflow."""
+    models: dict[str, ModelSource]
+    """By the short name used in paths and tables."""
+    grid: tuple[GridBlock, ...]
+    """Blocks of the grid, one after the other."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of everything random in a cell, calibration sampling included; an axis of the grid."""
+    methods: dict[MethodName, dict[str, Any]] = {}
+    """Hyper-parameters that differ from the methods' defaults, for all cells."""
+    variants: dict[str, dict[MethodName, dict[str, Any]]] = {}
+    """Named hyper-parameter sets: variant, then method, then values; other methods skip the variant."""
+    exclude: tuple[Exclusion, ...] = ()
+    """Cells left out, each with its reason."""
+    only: Selection = Selection()
+    """Run only this part of the grid, e.g. --config 'only={methods: [dense, wanda]}'."""
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation = Evaluation()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where jobs compute; auto takes a GPU where there is one."""
+    threads: int = Field(1, gt=0)
+    """CPU threads per job. On a CPU several jobs of one thread get more done than one job with all cores."""
+    mlflow_uri: str = "sqlite:///results/mlflow.db"
+    """MLflow tracking store; any URI that MLflow accepts."""
+
+    def cells(self) -> list[Cell]:
+        """All cells to run, in grid order, without the excluded and unselected ones."""
+        return self.expand().cells
+
+    def expand(self) -> Grid:
+        """Expand the grid. Raises PatchError for cells that contradict themselves or each other."""
+        grid = Grid([], [])
+        seen: set[str] = set()
+        for cell in self._product():
+            if not self.only.matches(cell):
+                continue
+            reason = next((rule.reason for rule in self.exclude if rule.matches(cell)), None)
+            if reason is not None:
+                grid.excluded.append((cell, reason))
+            elif cell.path not in seen:
+                grid.cells.append(cell)
+            seen.add(cell.path)
+        if not grid.cells:
+            raise PatchError(f"experiment {self.name}: no cell is left to run; check `grid`, `exclude` and `only`.")
+        return grid
+
+    def _product(self) -> Iterable[Cell]:
+        for name, source in self.models.items():
+            for block in self.grid:
+                if block.models is not None and name not in block.models:
+                    continue
+                for method, pattern, sparsity, variant in _block_product(self, block):
+                    for seed in self.seeds if method != "dense" else self.seeds[:1]:
+                        yield self._cell(name, source, method, pattern, sparsity, variant, seed)
+
+    def _cell(
+        self, name: str, source: ModelSource, method: str, pattern: str, sparsity: float, variant: str, seed: int
+    ) -> Cell:
+        options: dict[str, Any] = dict(self.methods.get(method, {}))  # type: ignore[call-overload]
+        if variant != "default":
+            options |= self.variants[variant][method]  # type: ignore[index]
+        return Cell(
+            run=self.name,
+            model=name,
+            source=source,
+            method=method,  # type: ignore[arg-type]
+            options=METHODS[method](**options).model_dump(),
+            pattern=pattern,
+            sparsity=sparsity,
+            variant=variant,
+            seed=seed,
+            calibration=self.calibration if METHODS[method].uses_calibration else None,
+            evaluation=self.evaluation,
+        )
+
+
+class Cell(Closed):
+    """One point of the grid with every hyper-parameter resolved."""
+
+    run: str
+    model: str
+    source: ModelSource
+    method: MethodName
+    options: dict[str, Any]
+    pattern: str
+    sparsity: float
+    """Target in percent."""
+    variant: str
+    seed: int
+    calibration: Calibration | None
+    evaluation: Evaluation
+
+    @property
+    def path(self) -> str:
+        """Folder below results/RUN: model/method/sparsity-pattern[/variant][/seed-N]."""
+        parts = [self.model, self.method]
+        if self.method != "dense":
+            parts.append(f"{self.sparsity:g}-{Pattern.parse(self.pattern).slug}")
+        if self.variant != "default":
+            parts.append(self.variant)
+        if self.seed != 0:
+            parts.append(f"seed-{self.seed}")
+        return "/".join(parts)
+
+    @property
+    def runs(self) -> bool:
+        """False for methods that this version lists but cannot run."""
+        return METHODS[self.method].runs
+
+    def key(self, stage: Literal["prune", "evaluate"]) -> str:
+        """Hash of everything that determines the numbers of a stage: settings, and the code of the stage."""
+        content = {
+            "code": code_hash("prune"),
+            "model": self.source.model_dump(),
+            "method": self.method,
+            "options": self.options,
+            "pattern": self.pattern,
+            "sparsity": self.sparsity,
+            "seed": self.seed,
+            "calibration": self.calibration.model_dump() if self.calibration else None,
+        }
+        if stage == "evaluate":
+            content = {
+                "prune": checksum_json(content),
+                "evaluation": self.evaluation.model_dump(),
+                "code": code_hash("evaluate"),
+            }
+        return checksum_json(content)[:16]
+
+    @property
+    def hash(self) -> str:
+        """Identity of the cell over all its stages; MLflow runs are keyed by it."""
+        return self.key("evaluate")
+
+
+@dataclass
+class Grid:
+    """An expanded grid."""
+
+    cells: list[Cell]
+    excluded: list[tuple[Cell, str]]
+    """Cells that exclusion rules left out, with the reason."""
+
+    def summary(self) -> str:
+        """Counts per model and method, exclusions with their reasons, and what cannot run yet, as text."""
+        models = list(dict.fromkeys(cell.model for cell in self.cells))
+        methods = list(dict.fromkeys(cell.method for cell in self.cells))
+        lines = [f"{len(self.cells)} cells: {len(models)} models x {len(methods)} methods"]
+        for method in methods:
+            of_method = [cell for cell in self.cells if cell.method == method]
+            levels = list(dict.fromkeys(cell.path.split("/")[2] for cell in of_method if cell.method != "dense"))
+            note = "" if of_method[0].runs else "   (listed, not yet runnable)"
+            lines.append(f"  {METHODS[method].title:12} {len(of_method):4}  {', '.join(levels)}{note}")
+        reasons: dict[str, list[str]] = {}
+        for cell, reason in self.excluded:
+            reasons.setdefault(reason, []).append(cell.path)
+        lines += [f"  excluded: {', '.join(paths)} ({reason})" for reason, paths in reasons.items()]
+        return "\n".join(lines)
+
+
+def load_experiment(files: Sequence[Path | str], overrides: Mapping[str, Any] | None = None) -> Experiment:
+    """Merge config layers and validate them.
+
+    overrides: a last layer, e.g. from the command line.
+    Raises PatchError that names the key, the file it stands in, and the nearest valid key.
+    """
+    layers: list[tuple[str, dict[str, Any]]] = []
+    for file in files:
+        layers += _read_layers(Path(file), [])
+    if overrides:
+        layers.append(("the command line", dict(overrides)))
+    merged: dict[str, Any] = {}
+    for _, layer in layers:
+        merged = _merge(merged, layer)
+    merged.pop("extends", None)
+    try:
+        experiment = Experiment.model_validate(merged)
+    except ValidationError as error:
+        raise PatchError(_explain(error, Experiment, layers)) from None
+    _check_references(experiment, layers)
+    return experiment
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a config file; `workflow/config/schema.json` is generated from it."""
+    extends = {"description": "Config file(s) to start from, relative to this one.", "type": ["string", "array"]}
+    content = Experiment.model_json_schema()
+    content["properties"] = {"extends": extends, **content["properties"]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **content}
+
+
+def options_markdown() -> str:
+    """Every key of a config with its default and meaning, and every method's options, as Markdown."""
+    lines = ["# Config keys", "", "Generated from `patch/experiments.py` and `patch/methods.py`; do not edit.", ""]
+    sections: list[type[BaseModel]] = [
+        Experiment, ModelSource, GridBlock, Selection, Exclusion, Calibration, Evaluation, PerplexityText, Tasks,
+    ]  # fmt: skip
+    for model in sections:
+        lines += [f"## {model.__name__}", "", _first_sentence(model), "", *_options_table(model)]
+    lines += ["# Methods", ""]
+    for name, method in METHODS.items():
+        lines += [f"## `{name}`", "", " ".join((method.__doc__ or "").split()), "", *_options_table(method)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _block_product(experiment: Experiment, block: GridBlock) -> Iterable[tuple[str, str, float, str]]:
+    for variant in block.variants:
+        for method in block.methods:
+            if variant != "default" and method not in experiment.variants[variant]:
+                continue
+            for pattern in ["dense"] if method == "dense" else block.patterns:
+                parsed = Pattern.parse(pattern)
+                if parsed.kind not in METHODS[method].patterns:
+                    raise PatchError(
+                        f"experiment {experiment.name}: method {method} cannot make the pattern {pattern!r}; "
+                        f"it makes {', '.join(METHODS[method].patterns)}."
+                    )
+                fixed = parsed.fixed_sparsity
+                sparsities = block.sparsities if fixed is None else (100 * fixed,)
+                if not sparsities:
+                    raise PatchError(f"experiment {experiment.name}: pattern {pattern!r} needs `sparsities` beside it.")
+                for sparsity in sparsities:
+                    yield method, pattern, sparsity, variant
+
+
+def _read_layers(path: Path, above: list[Path]) -> list[tuple[str, dict[str, Any]]]:
+    if path.resolve() in above:
+        raise PatchError(f"{path}: extends itself through {' -> '.join(p.name for p in above)}.")
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError:
+        raise PatchError(f"{path}: no such config file.") from None
+    except yaml.YAMLError as error:
+        raise PatchError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from None
+    if not isinstance(content, dict):
+        raise PatchError(f"{path}: a config is a mapping of keys, found {type(content).__name__}.")
+    bases = content.get("extends", [])
+    layers: list[tuple[str, dict[str, Any]]] = []
+    for base in [bases] if isinstance(bases, str) else bases:
+        layers += _read_layers(path.parent / base, [*above, path.resolve()])
+    return [*layers, (str(path), {key: value for key, value in content.items() if key != "extends"})]
+
+
+def _merge(below: Any, above: Any) -> Any:
+    if isinstance(below, dict) and isinstance(above, dict):
+        return {key: _merge(below.get(key), above[key]) if key in above else below[key] for key in [*below, *above]}
+    return above
+
+
+def _explain(error: ValidationError, model: type[BaseModel], layers: list[tuple[str, dict[str, Any]]]) -> str:
+    problem = error.errors()[0]
+    location = [part for part in problem["loc"] if part != "[key]"]
+    key = ".".join(str(part) for part in location)
+    file = _origin(location, layers)
+    more = f" ({error.error_count() - 1} more problems after this one.)" if error.error_count() > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        near = _nearest(str(location[-1]), _keys_at(model, location[:-1]))
+        return f"{file}: unknown key {key!r}; {near}{more}"
+    if problem["type"] == "literal_error":
+        near = _nearest(
+            str(problem["input"]),
+            [part.strip(" '") for part in problem["ctx"]["expected"].replace(" or ", ",").split(",")],
+        )
+        return f"{file}: {key}: {problem['input']!r} is not possible; {near}{more}"
+    if problem["type"] == "missing":
+        return f"{file}: the key {key!r} is missing.{more}"
+    return f"{file}: {key}: {problem['msg']} (found {problem['input']!r}).{more}"
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    choices = ", ".join(known)
+    return f"did you mean {close[0]!r}? Valid: {choices}." if close else f"valid: {choices}."
+
+
+def _origin(location: Sequence[Any], layers: list[tuple[str, dict[str, Any]]]) -> str:
+    """The last layer in which the key, or the longest part of its path, stands."""
+    best, depth = layers[-1][0] if layers else "config", -1
+    for file, content in layers:
+        node: Any = content
+        reached = 0
+        for part in location:
+            if (isinstance(node, dict) and part in node) or (
+                isinstance(node, list) and isinstance(part, int) and part < len(node)
+            ):
+                node = node[part]
+            else:
+                break
+            reached += 1
+        if reached >= depth:
+            best, depth = file, reached
+    return best
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    annotation: Any = model
+    for part in location:
+        annotation = _model_in(annotation)
+        if annotation is None:
+            return []
+        if isinstance(part, str) and part in annotation.model_fields:
+            annotation = annotation.model_fields[part].annotation
+    found = _model_in(annotation)
+    return list(found.model_fields) if found else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model inside an annotation such as dict[str, Model] or Model | None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType, dict, list, tuple):
+        return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
+    return None
+
+
+def _check_references(experiment: Experiment, layers: list[tuple[str, dict[str, Any]]]) -> None:
+    """Names that refer to other parts of the config, and method options."""
+    for where, options_by_method in [("methods", experiment.methods)] + [
+        (f"variants.{name}", variant) for name, variant in experiment.variants.items()
+    ]:
+        for method, options in options_by_method.items():
+            try:
+                METHODS[method](**options)
+            except ValidationError as error:
+                problem = error.errors()[0]
+                location = [*where.split("."), method, *problem["loc"]]
+                key, file = ".".join(map(str, location)), _origin(location, layers)
+                near = _nearest(str(location[-1]), list(METHODS[method].model_fields))
+                raise PatchError(f"{file}: {key}: {problem['msg'].lower()}; {near}") from None
+    selections = [("only", experiment.only), *((f"exclude.{i}", rule) for i, rule in enumerate(experiment.exclude))]
+    blocks = [(f"grid.{i}", block) for i, block in enumerate(experiment.grid)]
+    for where, part in [*selections, *blocks]:
+        for key, known in (("models", list(experiment.models)), ("variants", ["default", *experiment.variants])):
+            for name in getattr(part, key) or ():
+                if name not in known:
+                    location = [int(p) if p.isdigit() else p for p in where.split(".")] + [key]
+                    file = _origin(location, layers)
+                    raise PatchError(f"{file}: {where}.{key}: {name!r} is not defined; {_nearest(name, known)}")
+        for pattern in part.patterns or ():
+            Pattern.parse(pattern)
+
+
+def _options_table(model: type[BaseModel]) -> list[str]:
+    if not model.model_fields:
+        return []
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for name, field in model.model_fields.items():
+        default = "required" if field.is_required() else f"`{_plain(field.default)}`"
+        rows.append(f"| `{name}` | {default} | {' '.join((field.description or '').split())} |")
+    return [*rows, ""]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return "see below"
+    if isinstance(value, dict) and any(isinstance(item, BaseModel) for item in value.values()):
+        return ", ".join(value)
+    return (
+        yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=10**6)
+        .removesuffix("\n...\n")
+        .strip()
+    )
+
+
+def _first_sentence(model: type[BaseModel]) -> str:
+    return " ".join((model.__doc__ or "").split())

@@ -1,0 +1,120 @@
+"""Sparsity patterns, and the two ways of choosing which weights to keep from scores.
+
+"N:M" counts the N weights *kept* in every M consecutive inputs (NVIDIA's convention; the wanda and
+SparseGPT repositories count the pruned ones, which is the same only for 2:4 and 4:8).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from patch.artefacts import PatchError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One of four kinds: dense, unstructured, n:m, or tiles (each tile dense or 2:4).
+
+    Written as in configs and on the command line: "dense", "unstructured", "2:4", "tiles:128x128".
+    """
+
+    kind: str
+    n: int = 0
+    m: int = 0
+    tile: tuple[int, int] = (0, 0)
+    """Tile height (outputs) and width (inputs); tiles at the lower and right edge may be smaller."""
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        if text in ("dense", "unstructured"):
+            return cls(text)
+        if found := re.fullmatch(r"(\d+):(\d+)", text):
+            n, m = map(int, found.groups())
+            if 0 < n < m:
+                return cls("n:m", n=n, m=m)
+        if found := re.fullmatch(r"tiles:(\d+)x(\d+)", text):
+            height, width = map(int, found.groups())
+            if height > 0 and width > 0 and width % 4 == 0:
+                return cls("tiles", n=2, m=4, tile=(height, width))
+        raise PatchError(
+            f"pattern {text!r}: not one of dense, unstructured, N:M with 0 < N < M, "
+            "or tiles:HEIGHTxWIDTH with a width that is a multiple of 4."
+        )
+
+    def __str__(self) -> str:
+        if self.kind == "n:m":
+            return f"{self.n}:{self.m}"
+        if self.kind == "tiles":
+            return f"tiles:{self.tile[0]}x{self.tile[1]}"
+        return self.kind
+
+    @property
+    def slug(self) -> str:
+        """The pattern as a part of a file name."""
+        return str(self).replace("n:m", "").replace("tiles:", "tiles").replace(":", "of")
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """Share of pruned weights where the pattern alone determines it, else None."""
+        if self.kind == "n:m":
+            return 1 - self.n / self.m
+        return 0.0 if self.kind == "dense" else None
+
+    def check_shape(self, out_features: int, in_features: int, name: str) -> None:
+        """Raise PatchError where the groups along the inputs of layer `name` do not divide."""
+        if self.m and in_features % self.m:
+            raise PatchError(
+                f"layer {name} ({out_features}x{in_features}): {in_features} inputs do not split into "
+                f"{self.m}s, as the pattern {self} needs; use the pattern unstructured, or leave this model out."
+            )
+
+
+def keep_n_of_m(scores: Tensor, n: int, m: int, dim: int = 1) -> Tensor:
+    """Keep the `n` largest scores in every `m` consecutive entries along `dim`.
+
+    scores: [rows, columns], the size of `dim` divisible by m. Returns a bool mask of the same shape with
+    exactly n per group. Between equal scores the later entry is kept, so the result is the same on any
+    device.
+    """
+    import torch
+
+    entries = scores.unflatten(dim, (-1, m)).unbind(dim + 1)
+    # rank of each entry in its group, by m(m-1)/2 comparisons: much faster than sorting groups of 4
+    ranks = [torch.zeros_like(entry, dtype=torch.uint8) for entry in entries]
+    for later in range(1, m):
+        for earlier in range(later):
+            later_wins = entries[later] >= entries[earlier]
+            ranks[later] += later_wins
+            ranks[earlier] += ~later_wins
+    return (torch.stack(ranks, dim + 1) >= m - n).flatten(dim, dim + 1)
+
+
+def keep_largest(scores: Tensor, sparsity: float) -> Tensor:
+    """Drop the `floor(columns * sparsity)` lowest scores of every row.
+
+    scores: [rows, columns]. Returns a bool mask of the same shape. Exact also where scores are equal:
+    between equal scores the later column is kept.
+    """
+    import torch
+
+    columns = scores.shape[1]
+    drop = pruned_count(columns, sparsity)
+    if drop == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(drop, dim=1, keepdim=True).values
+    below, equal = scores < threshold, scores == threshold
+    still_to_drop = drop - below.sum(dim=1, keepdim=True)
+    return ~(below | (equal & (equal.cumsum(dim=1) <= still_to_drop)))
+
+
+def pruned_count(total: int, sparsity: float) -> int:
+    """floor(total * sparsity), safe against 0.29 * 100 being 28.999999999999996."""
+    if not 0 <= sparsity < 1:
+        raise PatchError(f"sparsity {sparsity}: must be at least 0 and below 1 (0.45 means that 45 % are pruned).")
+    return math.floor(total * sparsity + 1e-6)
