@@ -145,7 +145,8 @@ def exclusive(directory: Path | str) -> Iterator[None]:
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(directory / ".lock")
+    path = directory / ".lock"
+    lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -155,6 +156,7 @@ def exclusive(directory: Path | str) -> Iterator[None]:
     try:
         yield
     finally:
+        path.unlink(missing_ok=True)  # while it is still held
         lock.release()
 
 

@@ -5,6 +5,7 @@ One row per metric. Cells without a finished record have one row that says so in
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "value": ("Float64", "in the metric's unit; accuracies and sparsities are shares of 1"),
     "stderr": ("Float64", "standard error of value"),
     "samples": ("Int64", "items behind the value"),
+    "protocol": ("string", "how the subject was measured, as JSON"),
     "date": ("string", "UTC, end of the stage"),
     "commit": ("string", "of the checkout that computed it"),
     "dirty": ("boolean", "whether that checkout had changes"),
@@ -122,7 +124,8 @@ def _record_rows(cell: Cell, record: Record, realised: float) -> Iterator[dict[s
     }
     for metric in record.metrics:
         row = {"subject": metric.subject, "metric": metric.name, "value": metric.value}
-        yield {**common, **row, "stderr": metric.stderr, "samples": metric.samples}
+        protocol = json.dumps(record.protocol[metric.subject]) if metric.subject in record.protocol else None
+        yield {**common, **row, "stderr": metric.stderr, "samples": metric.samples, "protocol": protocol}
     for name, value in record.cost.items():
         yield {**common, "subject": "model", "metric": name, "value": value}
 

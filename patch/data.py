@@ -70,7 +70,8 @@ class TokenSet:
     ids: Tensor
     """int32 [sequences, length]"""
     protocol: dict[str, Any]
-    """source, revision, split, sampling, length, samples, seed, tokenizer (checksum), bos."""
+    """source, revision, split, sampling, length, samples, complete (all that the text holds), seed, tokenizer
+    (checksum), bos."""
 
     def save(self, path: Path | str) -> str:
         """Write atomically; returns the checksum of the ids."""
@@ -128,6 +129,7 @@ def make_tokens(
         "sampling": sampling,
         "length": length,
         "samples": len(ids),
+        "complete": samples is None,
         "seed": seed,
         "tokenizer": tokenizer_checksum(tokenizer),
         "bos": bool(tokenizer.bos_token_id is not None and ids[0, 0] == tokenizer.bos_token_id),
@@ -198,7 +200,7 @@ def _windows(
             f"no document has more than {length} tokens, as sampling 'windows' needs; use 'packed' or a shorter length."
         )
     generator = random.Random(seed)
-    windows = []
+    windows: list[list[int]] = []
     while len(windows) < samples:
         ids = tokenizer(documents[generator.randint(0, len(documents) - 1)]).input_ids
         if len(ids) > length:

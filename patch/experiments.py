@@ -286,12 +286,12 @@ class Grid:
         """Counts per model and method, exclusions with their reasons, and what cannot run yet, as text."""
         models = list(dict.fromkeys(cell.model for cell in self.cells))
         methods = list(dict.fromkeys(cell.method for cell in self.cells))
-        lines = [f"{len(self.cells)} cells: {len(models)} models x {len(methods)} methods"]
+        lines = [f"{_count(self.cells, 'cell')} of {_count(models, 'model')} and {_count(methods, 'method')}"]
         for method in methods:
             of_method = [cell for cell in self.cells if cell.method == method]
             levels = list(dict.fromkeys(cell.path.split("/")[2] for cell in of_method if cell.method != "dense"))
             note = "" if of_method[0].runs else "   (listed, not yet runnable)"
-            lines.append(f"  {METHODS[method].title:12} {len(of_method):4}  {', '.join(levels)}{note}")
+            lines.append(f"  {METHODS[method].title:12} {len(of_method):4}  {', '.join(levels)}{note}".rstrip())
         reasons: dict[str, list[str]] = {}
         for cell, reason in self.excluded:
             reasons.setdefault(reason, []).append(cell.path)
@@ -342,6 +342,10 @@ def options_markdown() -> str:
     for name, method in METHODS.items():
         lines += [f"## `{name}`", "", " ".join((method.__doc__ or "").split()), "", *_options_table(method)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _count(items: Sequence[Any], noun: str) -> str:
+    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
 
 
 def _block_product(experiment: Experiment, block: GridBlock) -> Iterable[tuple[str, str, float, str]]:
@@ -477,7 +481,7 @@ def _check_references(experiment: Experiment, layers: list[tuple[str, dict[str, 
                     location = [int(p) if p.isdigit() else p for p in where.split(".")] + [key]
                     file = _origin(location, layers)
                     raise PatchError(f"{file}: {where}.{key}: {name!r} is not defined; {_nearest(name, known)}")
-        for pattern in part.patterns or ():
+        for pattern in getattr(part, "patterns", None) or ():
             Pattern.parse(pattern)
 
 

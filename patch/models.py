@@ -62,10 +62,8 @@ def prepare_model(source: str, revision: str | None = None, dtype: str = "auto")
     )
 
 
-def load_model(
-    source: str, *, revision: str | None = None, dtype: str = "auto", device: str = "cpu"
-) -> PreTrainedModel:
-    """Load a causal LM in evaluation mode, weights frozen.
+def load_model(source: str, *, revision: str | None = None, dtype: str = "auto") -> PreTrainedModel:
+    """Load a causal LM into CPU memory, in evaluation mode, weights frozen.
 
     source: a `model.json` of `prepare_model`, a directory, a hub id, or "embedded:NAME".
     dtype: "float32", "bfloat16", "float16", or "auto" for the one it was saved in.
@@ -80,7 +78,7 @@ def load_model(
         except (ValueError, KeyError) as error:
             raise PatchError(f"model {source}: transformers cannot load it as a causal LM ({error}).") from error
     model.requires_grad_(False)
-    return model.to(device).eval()
+    return model.eval()
 
 
 def load_tokenizer(source: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -125,8 +123,11 @@ def content_checksum(model: nn.Module) -> str:
     return checksum_tensors(dict(model.state_dict()))
 
 
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Number of rows of the input embedding, which may exceed the tokenizer's vocabulary."""
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    return embedding.num_embeddings
 
 
 def tokenizer_checksum(tokenizer: PreTrainedTokenizerBase) -> str:

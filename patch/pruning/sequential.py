@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from patch.artefacts import PatchError
 from patch.data import TokenSet
 from patch.methods import Magnitude, Method, SparseGPT, Wanda
-from patch.models import decoder_blocks, prunable_linears
+from patch.models import decoder_blocks, prunable_linears, vocabulary_size
 from patch.progress import track
 from patch.pruning.base import Pruned, Pruner, Statistic
 from patch.pruning.magnitude import MagnitudePruner
@@ -160,7 +160,7 @@ class _HiddenStates:
     """The calibration sequences on their way through the model, as the input of the next block."""
 
     def __init__(self, model: PreTrainedModel, calibration: TokenSet, device: str):
-        calibration.check_vocabulary(model.get_input_embeddings().num_embeddings)
+        calibration.check_vocabulary(vocabulary_size(model))
         self.device = device
         ids = calibration.ids.to(model.device)
         _, blocks = decoder_blocks(model)
@@ -183,7 +183,7 @@ class _HiddenStates:
             hidden.copy_(self.run(index, block, hidden))
 
 
-class _Stop(Exception):
+class _StopForward(Exception):  # noqa: N818 - it is no error
     """Ends a forward pass early."""
 
 
@@ -192,11 +192,11 @@ def _first_block_input(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tenso
 
     def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         captured.append(arguments[0])
-        raise _Stop
+        raise _StopForward
 
     handle = blocks[0].register_forward_pre_hook(hook)
     try:
-        with contextlib.suppress(_Stop):
+        with contextlib.suppress(_StopForward):
             model(input_ids=ids, use_cache=False)
     finally:
         handle.remove()
@@ -224,14 +224,14 @@ def _block_arguments(
         nonlocal returns_tuple
         output = originals[0](*positional, **named)
         returns_tuple = isinstance(output, tuple)
-        raise _Stop
+        raise _StopForward
 
     try:
-        blocks[0].forward = probe  # type: ignore[method-assign, assignment]
-        with contextlib.suppress(_Stop):
+        blocks[0].forward = probe
+        with contextlib.suppress(_StopForward):
             model(input_ids=ids[:, :4], use_cache=False)
         for block in blocks:
-            block.forward = recorder  # type: ignore[method-assign, assignment]
+            block.forward = recorder
         model(input_ids=ids, use_cache=False)
     finally:
         for block in blocks:

@@ -102,6 +102,11 @@ class LinearMask:
         return unpack_bits(self.packed_tiles, grid_shape(self.shape, self.pattern.tile))
 
     @property
+    def size(self) -> int:
+        """Number of weights of the layer."""
+        return self.shape[0] * self.shape[1]
+
+    @property
     def kept(self) -> int:
         """Number of weights that survive."""
         return int(self.keep_mask().sum())
@@ -109,7 +114,7 @@ class LinearMask:
     @property
     def sparsity(self) -> float:
         """Share of pruned weights, 0 to 1."""
-        return 1 - self.kept / (self.shape[0] * self.shape[1])
+        return 1 - self.kept / self.size
 
     @torch.no_grad()
     def apply_(self, weight: Tensor) -> None:
@@ -160,15 +165,14 @@ class MaskSet:
     """`fingerprint` of the unpruned model; None where unknown (masks of the official release)."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """How it was made: method, options, calibration, seed. For people and records."""
+    checksum: str = ""
+    """Of the file's content, once saved or loaded."""
 
     @property
     def sparsity(self) -> float:
         """Realised share of pruned weights over all linears in the set, 0 to 1."""
         kept = sum(mask.kept for mask in self.linears.values())
-        return 1 - kept / sum(mask.shape[0] * mask.shape[1] for mask in self.linears.values())
-
-    def sparsity_by_linear(self) -> dict[str, float]:
-        return {name: mask.sparsity for name, mask in self.linears.items()}
+        return 1 - kept / sum(mask.size for mask in self.linears.values())
 
     def save(self, path: Path | str) -> str:
         """Verify, then write atomically; returns the checksum of the content."""
@@ -183,12 +187,13 @@ class MaskSet:
             if mask.values is not None:
                 tensors[f"{name}.values"] = mask.values
         metadata = {"linears": layers, "base_fingerprint": self.base_fingerprint, "recipe": self.recipe}
-        return write_tensors(path, tensors, SCHEMA, metadata)
+        self.checksum = write_tensors(path, tensors, SCHEMA, metadata)
+        return self.checksum
 
     @classmethod
     def load(cls, path: Path | str) -> MaskSet:
         """Read and verify. Raises PatchError for a truncated, altered, foreign or inconsistent file."""
-        tensors, metadata, _ = read_tensors(path, SCHEMA)
+        tensors, metadata, checksum = read_tensors(path, SCHEMA)
         linears = {}
         for name, layer in metadata["linears"].items():
             pattern = Pattern.parse(layer["pattern"])
@@ -199,7 +204,7 @@ class MaskSet:
                 tensors.get(f"{name}.tiles"),
                 tensors.get(f"{name}.values"),
             )
-        masks = cls(linears, metadata["base_fingerprint"], metadata["recipe"])
+        masks = cls(linears, metadata["base_fingerprint"], metadata["recipe"], checksum)
         masks._verify(path)
         return masks
 

@@ -1,0 +1,72 @@
+# make demo   install into .venv, run the main job on the embedded model, print its results
+# make test   install the test extra, run the tests
+# make help   the rest
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORES ?= all
+CONFIG ?= workflow/config/demo.yaml
+RUN = results/$(shell $(BIN)/patch-llm config name --config $(CONFIG))
+
+# The PyTorch to install where there is none yet. `make demo TORCH=...` takes any pip requirement and options.
+TORCH ?= torch==2.13.0
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export HF_HUB_DISABLE_TELEMETRY := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: demo run dry-run report show test lint docs install clean help
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# //p' Makefile | head -3
+	@echo "make run CONFIG=workflow/config/….yaml    run another grid; make dry-run CONFIG=… shows it"
+	@echo "make lint    ruff, mypy, snakefmt, snakemake --lint;   make docs    regenerate schema and key list"
+
+demo: run
+
+run: $(VENV)/.installed
+	@snakemake --configfile $(CONFIG) --cores $(CORES) --resources gpu=1 --rerun-incomplete --logger patch
+	@snakemake --configfile $(CONFIG) --report $(RUN)/report.html --quiet all 2>/dev/null
+	@patch-llm show $(RUN)/runs.parquet
+	@echo "Report:     $(RUN)/report.html"
+	@echo "Tables:     $(RUN)/tables/    Figures: $(RUN)/figures/    Runs: $(RUN)/runs.csv"
+	@echo "MLflow UI:  $(BIN)/mlflow ui --backend-store-uri sqlite:///results/mlflow.db --host 127.0.0.1"
+
+dry-run: $(VENV)/.installed
+	@snakemake --dry-run --configfile $(CONFIG)
+
+test: $(VENV)/.installed-test
+	pytest
+
+lint: $(VENV)/.installed-test
+	ruff check .
+	ruff format --check .
+	mypy
+	snakefmt --check Snakefile workflow/rules
+	snakemake --lint
+
+docs: $(VENV)/.installed
+	patch-llm config docs
+
+install: $(VENV)/.installed
+
+# A PyTorch that the interpreter already has is used as it is: nothing gigabyte-sized is downloaded twice.
+$(BIN)/python:
+	@$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11)" || \
+	  { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V); call make with PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $$($(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-packages) $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt workflow/plugins/pyproject.toml | $(BIN)/python
+	@echo "Installing into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable . --editable workflow/plugins
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]" --editable workflow/plugins
+	@touch $@
+
+clean:
+	rm -rf results/demo results/state logs .snakemake

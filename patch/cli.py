@@ -1,0 +1,427 @@
+"""The command line: one command per stage, with typed options. Everything a rule of the workflow runs is here.
+
+Results go to files, the log to standard error, tables to standard output. A PatchError ends a command with
+one line; heavy imports happen inside the commands, so that --help is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from patch.artefacts import PatchError, exclusive, write_json, write_text
+
+if TYPE_CHECKING:
+    from patch.data import TokenSet
+
+log = logging.getLogger("patch")
+
+app = typer.Typer(
+    name="patch-llm",
+    help="Prune language models to any sparsity from 0 to 50 % and measure what it costs (PATCH, arXiv 2509.23410).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+prepare = typer.Typer(help="Bring models, tokens and questions to this machine.", no_args_is_help=True)
+config = typer.Typer(help="Look at config files.", no_args_is_help=True)
+app.add_typer(prepare, name="prepare")
+app.add_typer(config, name="config")
+
+Model = Annotated[
+    str, typer.Option(help="Hub id, directory, `embedded:smollm2-135m`, or a model.json of `prepare model`.")
+]
+Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch on the hub.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the one it was saved in.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores if not given.", min=1)]
+Output = Annotated[Path, typer.Option(help="Directory for results; made if missing.")]
+Key = Annotated[str, typer.Option(help="Identity to store in the record; the workflow passes its cell key.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Sampling = Annotated[
+    str, typer.Option(help="windows (of documents that are long enough), packed, or joined (for perplexity).")
+]
+Samples = Annotated[int | None, typer.Option(help="Number of sequences; all if not given.", min=1)]
+Length = Annotated[int, typer.Option(help="Tokens per sequence.", min=2)]
+Configs = Annotated[list[Path], typer.Option("--config", help="Config layer; repeat for more, later ones win.")]
+Override = Annotated[str, typer.Option(help="A last config layer as JSON.")]
+Runs = Annotated[Path, typer.Argument(help="The runs table, runs.parquet, of `collect`.")]
+
+
+@prepare.command("model")
+def prepare_model(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="File to write: where the model lies and what it is.")],
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Download or convert a model, and describe it in a small JSON file that other commands take as --model."""
+    from patch import models
+
+    prepared = models.prepare_model(model, revision, dtype)
+    prepared.write(output)
+    log.info(
+        "%s: %.1f M parameters, %.1f M prunable", model, prepared.parameters / 1e6, prepared.prunable_parameters / 1e6
+    )
+
+
+@prepare.command("tokens")
+def prepare_tokens(
+    model: Model,
+    source: Annotated[str, typer.Option(help="c4, wikitext2, slimpajama, embedded:c4, embedded:wikipedia, or a file.")],
+    output: Annotated[Path, typer.Option(help="File to write, .safetensors.")],
+    sampling: Sampling = "windows",
+    length: Length = 2048,
+    samples: Samples = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draw; none for text in order.")] = None,
+) -> None:
+    """Tokenise text once, so that every method sees the same tokens."""
+    from patch.data import make_tokens
+    from patch.models import load_tokenizer
+
+    tokens = make_tokens(load_tokenizer(model), source, sampling=sampling, length=length, samples=samples, seed=seed)
+    tokens.save(output)
+
+
+@prepare.command("tasks")
+def prepare_tasks(
+    names: Annotated[list[str], typer.Argument(help="Task names of lm-evaluation-harness.")],
+    output: Annotated[Path, typer.Option(help="File to write: what was brought.")],
+    source: Annotated[str, typer.Option(help="hub or embedded.")] = "hub",
+) -> None:
+    """Bring the questions of zero-shot tasks to this machine, for nodes without network."""
+    from patch.evaluation.zeroshot import TaskLibrary
+
+    library = TaskLibrary(names, source)
+    for name in names:
+        log.info("questions of %s", name)
+        library.download(name)
+    write_json(output, {"schema": "patch.tasks/1", "source": source, "names": names})
+
+
+@app.command()
+def prune(
+    model: Model,
+    output: Output,
+    method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt.")] = "wanda",
+    pattern: Annotated[str, typer.Option(help="N:M such as 2:4, or unstructured.")] = "2:4",
+    sparsity: Annotated[float, typer.Option(help="Percent to prune, for patterns that do not fix it.")] = 50.0,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="A hyper-parameter, NAME=VALUE; repeat for more.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Token file of `prepare tokens`, or a text source; default: c4.")
+    ] = None,
+    sampling: Sampling = "windows",
+    samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 128,
+    length: Length = 2048,
+    seed: Seed = 0,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    key: Key = "",
+) -> None:
+    """Prune a model: write mask.safetensors (a MaskSet) and record.json into the output directory.
+
+    The model itself is left alone. `patch-llm prune --model gpt-like/model --method wanda --pattern 2:4
+    --output out` is a complete call.
+    """
+    from patch.methods import make_method
+    from patch.models import load_model
+    from patch.pruning import prune_model
+    from patch.records import Metric, recording
+    from patch.sparsity.patterns import Pattern
+
+    chosen = make_method(method, _options(option or []))
+    parsed = Pattern.parse(pattern)
+    fixed = parsed.fixed_sparsity
+    share = fixed if fixed is not None else sparsity / 100
+    if not 0 < share < 1:
+        raise PatchError(f"--sparsity {sparsity:g}: must be above 0 and below 100 percent.")
+    with exclusive(output):
+        arguments = {
+            "model": model,
+            "revision": revision,
+            "dtype": dtype,
+            "method": method,
+            "options": chosen.model_dump(),
+            "pattern": str(parsed),
+            "sparsity": 100 * share,
+            "seed": seed,
+        }
+        _use_threads(threads)
+        with recording("prune", key, arguments, output) as record:
+            loaded = load_model(model, revision=revision, dtype=dtype)
+            tokens = None
+            if chosen.uses_calibration:
+                tokens = _tokens(calibration or "c4", model, revision, sampling, samples, length, seed)
+                record.inputs["calibration"] = tokens.checksum
+                record.protocol["calibration"] = tokens.protocol
+            masks = prune_model(loaded, chosen, parsed, share, tokens, _device(device))
+            masks.recipe = {**arguments, "calibration": tokens.protocol if tokens else None}
+            record.outputs["mask.safetensors"] = masks.save(output / "mask.safetensors")
+            record.inputs["model"] = masks.base_fingerprint or ""
+            record.metrics = [
+                Metric("model", "sparsity", masks.sparsity, samples=sum(m.size for m in masks.linears.values())),
+                *(Metric(name, "sparsity", m.sparsity, samples=m.size) for name, m in masks.linears.items()),
+            ]
+        log.info("%s: %.2f %% of the prunable weights are 0", output / "mask.safetensors", 100 * masks.sparsity)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    output: Output,
+    mask: Annotated[Path | None, typer.Option(help="mask.safetensors of `prune`; none for the dense model.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=TOKENS for perplexity: a token file or a text source, e.g. wikitext2=wikitext2."),
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens per window, for text sources.", min=2)] = 4096,
+    task: Annotated[list[str] | None, typer.Option(help="A zero-shot task; repeat for more.")] = None,
+    task_source: Annotated[str, typer.Option(help="Where questions come from: hub or embedded.")] = "hub",
+    limit: Annotated[int | None, typer.Option(help="Only the first questions of every task.", min=1)] = None,
+    limit_for: Annotated[list[str] | None, typer.Option(help="TASK=N, another limit for one task.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions scored together.", min=1)] = 8,
+    state: Annotated[
+        Path | None, typer.Option(help="Directory for finished parts; default: state/ in the output directory.")
+    ] = None,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    key: Key = "",
+) -> None:
+    """Measure a model, pruned or dense, on texts and tasks: write record.json and items.parquet."""
+    import pandas as pd
+
+    from patch.artefacts import atomic_path
+    from patch.evaluation import evaluate_model
+    from patch.experiments import Tasks
+    from patch.models import load_model, load_tokenizer, prunable_linears
+    from patch.records import recording
+    from patch.sparsity.maskset import MaskSet, fingerprint
+
+    if not text and not task:
+        raise PatchError("nothing to measure: give at least one --text or --task.")
+    limits = {name: _integer(name, value) for name, value in _pairs(limit_for or [], "--limit-for").items()}
+    tasks = (
+        Tasks(names=tuple(task), source=task_source, limit=limit, limits=limits, batch_size=batch_size)
+        if task
+        else None
+    )
+    with exclusive(output):
+        arguments = {
+            "model": model,
+            "revision": revision,
+            "dtype": dtype,
+            "mask": str(mask) if mask else None,
+            "texts": text,
+            "tasks": tasks.model_dump() if tasks else None,
+        }
+        _use_threads(threads)
+        with recording("evaluate", key, arguments, output) as record:
+            loaded = load_model(model, revision=revision, dtype=dtype)
+            linears = prunable_linears(loaded)
+            record.inputs["model"] = fingerprint(linears)
+            if mask:
+                masks = MaskSet.load(mask)
+                masks.apply_(linears)
+                record.inputs["mask"] = masks.checksum
+            loaded.to(_device(device))  # type: ignore[arg-type]
+            texts = {
+                name: _tokens(source, model, revision, "joined", None, length, None)
+                for name, source in _pairs(text or [], "--text").items()
+            }
+            tokenizer = load_tokenizer(model, revision=revision)
+            results = evaluate_model(loaded, tokenizer, texts, tasks, state or output / "state")
+            record.metrics = [metric for result in results.values() for metric in result.metrics]
+            record.protocol = {name: result.protocol for name, result in results.items()}
+            items = pd.DataFrame([item for result in results.values() for item in result.items])
+            with atomic_path(output / "items.parquet") as temporary:
+                items.to_parquet(temporary, index=False)
+    for metric in record.metrics:
+        error = f" ± {metric.stderr:.2g}" if metric.stderr is not None else ""
+        log.info("%-14s %-10s %.4g%s", metric.subject, metric.name, metric.value, error)
+
+
+@app.command()
+def collect(
+    config: Configs,
+    output: Annotated[Path, typer.Option(help="Runs table to write, .parquet; a .csv comes beside it.")],
+    override: Override = "{}",
+    results: Annotated[Path, typer.Option(help="Directory that holds the experiment's folder.")] = Path("results"),
+) -> None:
+    """Gather the records of an experiment into one tidy table. Cells that are not finished are listed as missing."""
+    from patch import collect as collecting
+    from patch.experiments import load_experiment
+
+    experiment = load_experiment(config, json.loads(override))
+    table = collecting.collect(experiment, results)
+    collecting.write_runs(table, output)
+    write_json(output.with_name("experiment.json"), experiment.model_dump(mode="json"))
+    counts = table.drop_duplicates("cell")["status"].value_counts()
+    log.info("%s: %s", output, ", ".join(f"{number} cells {status}" for status, number in counts.items()))
+
+
+@app.command()
+def tables(runs: Runs, output: Output) -> None:
+    """Write every table as CSV, Markdown and LaTeX."""
+    from patch.collect import read_runs
+    from patch.reporting.tables import write_tables
+
+    for path in write_tables(read_runs(runs), output):
+        log.info("%s", path)
+
+
+@app.command()
+def figures(runs: Runs, output: Output) -> None:
+    """Draw every figure as PDF and PNG."""
+    from patch.collect import read_runs
+    from patch.reporting.figures import write_figures
+
+    for path in write_figures(read_runs(runs), output):
+        log.info("%s", path)
+
+
+@app.command()
+def mlflow(
+    runs: Runs,
+    uri: Annotated[str, typer.Option(help="MLflow tracking store.")] = "sqlite:///results/mlflow.db",
+    artifact: Annotated[list[Path] | None, typer.Option(help="File to attach; repeat for more.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write: what was done.")] = None,
+) -> None:
+    """Write the runs table to MLflow. Doing it again changes nothing; changed results replace old ones."""
+    from patch.collect import read_runs
+    from patch.reporting.tracking import track
+
+    counts = track(read_runs(runs), uri, artifact or [])
+    log.info("%s: %s", uri, ", ".join(f"{number} runs {what}" for what, number in counts.items()))
+    if output:
+        write_json(output, {"uri": uri, **counts})
+
+
+@app.command()
+def show(runs: Runs) -> None:
+    """Print the accuracy table in the terminal."""
+    from rich.console import Console
+
+    from patch.collect import read_runs
+    from patch.reporting.published import load_accuracy
+    from patch.reporting.tables import accuracy, render_terminal
+
+    Console().print(render_terminal(accuracy(read_runs(runs), load_accuracy())))
+
+
+@config.command("check")
+def config_check(config: Configs, override: Override = "{}") -> None:
+    """Validate a config and print the grid it expands to."""
+    from patch.experiments import load_experiment
+
+    typer.echo(load_experiment(config, json.loads(override)).expand().summary())
+
+
+@config.command("name")
+def config_name(config: Configs) -> None:
+    """Print an experiment's name, which is its folder below results/."""
+    from patch.experiments import load_experiment
+
+    typer.echo(load_experiment(config).name)
+
+
+@config.command("docs")
+def config_docs(
+    output: Annotated[Path, typer.Option(help="Directory for schema.json and options.md.")] = Path("workflow/config"),
+) -> None:
+    """Write the JSON schema of configs and the page of all keys, both generated from the code."""
+    from patch.experiments import options_markdown, schema
+
+    write_json(output / "schema.json", schema())
+    write_text(output / "options.md", options_markdown())
+
+
+def main() -> None:
+    """Run the command line; errors that a person can mend end in one line."""
+    # Before any library reads them: no progress bars in logs, no network for telemetry.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "lm_eval", "datasets", "fsspec", "filelock", "matplotlib", "fontTools", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        app()
+    except PatchError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("stopped; finished parts are kept, the same command goes on from there.", 130)
+    except OSError as error:
+        if error.errno != 28:
+            raise
+        _fail(f"{error.filename or 'disk'}: no space left; free some and run the same command again.")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        _fail(f"out of GPU memory ({str(error).splitlines()[0]}); use --device cpu, a smaller batch, or a larger GPU.")
+
+
+def _fail(message: str, code: int = 1) -> None:
+    typer.echo(f"patch-llm: error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise PatchError("--device cuda: PyTorch sees no GPU here; use --device cpu, or a CUDA build of PyTorch.")
+    return name
+
+
+def _use_threads(threads: int | None) -> None:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def _tokens(
+    source: str, model: str, revision: str | None, sampling: str, samples: int | None, length: int, seed: int | None
+) -> TokenSet:
+    """A token file as it is, or tokens made from a text source now."""
+    from patch.data import TokenSet, make_tokens
+    from patch.models import load_tokenizer
+
+    if source.endswith(".safetensors"):
+        return TokenSet.load(source)
+    tokenizer = load_tokenizer(model, revision=revision)
+    return make_tokens(tokenizer, source, sampling=sampling, length=length, samples=samples, seed=seed)
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    import yaml
+
+    return {name: yaml.safe_load(value) for name, value in _pairs(pairs, "--set").items()}
+
+
+def _pairs(texts: list[str], option: str) -> dict[str, str]:
+    for text in texts:
+        if "=" not in text:
+            raise PatchError(f"{option} {text}: write it as NAME=VALUE.")
+    return dict(text.split("=", 1) for text in texts)
+
+
+def _integer(name: str, value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise PatchError(f"--limit-for {name}={value}: the limit must be a whole number.") from None

@@ -1,0 +1,82 @@
+"""MLflow: one walk through a store, because opening one takes seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from patch.artefacts import PatchError
+from patch.reporting.tracking import track
+
+
+def test_track(runs: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = runs[runs["sparsity"].isin([0, 50])]
+    uri = "sqlite:///results/mlflow.db"
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "accuracy.md").write_text("| a |")
+    artifacts = [tmp_path / "tables"]
+
+    # 2 dense, 3 + 2 pruned, 1 more seed; the missing and the excluded cell are not written
+    assert track(runs, uri, artifacts) == {"new": 8, "changed": 0, "unchanged": 0}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results", "tables"]
+    kept = list((tmp_path / "results" / "mlflow-artifacts" / "synthetic").glob("*/artifacts/tables/accuracy.md"))
+    assert [path.read_text() for path in kept] == ["| a |"]
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("synthetic").experiment_id
+
+    def stored(kind: str) -> dict[str, object]:
+        found = client.search_runs([experiment], f"tags.kind = '{kind}'")
+        return {run.info.run_name: run for run in found}
+
+    parents, cells = stored("model"), stored("cell")
+    assert set(parents) == {"qwen", "tiny_1"}
+    assert len(stored("report")) == 1
+    run = cells["qwen/sparsegpt/50-2of4"]
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["mlflow.parentRunId"] == parents["qwen"].info.run_id
+    assert run.data.tags["cell_hash"] == "hash of qwen/sparsegpt/50-2of4"
+    assert run.data.tags["commit"] == "0123456789"
+    assert "gpu" not in run.data.tags
+    assert run.data.params == {
+        "model": "qwen", "source": "Qwen/Qwen2.5-0.5B", "method": "sparsegpt", "pattern": "2:4", "sparsity": "50",
+        "variant": "default", "seed": "0",
+    }  # fmt: skip
+    metrics = run.data.metrics
+    assert metrics["perplexity.wikitext2"] == pytest.approx(36.0)
+    assert metrics["acc.piqa"] == pytest.approx(0.325)
+    assert metrics["acc_norm.piqa"] == pytest.approx(0.335)
+    assert metrics["acc.mean"] == pytest.approx(0.35)
+    assert metrics["acc.mean.stderr"] == pytest.approx(0.01 / 8**0.5)
+    assert metrics["sparsity"] == pytest.approx(0.5)
+    assert (metrics["prune.wall_s"], metrics["evaluate.wall_s"]) == (12.5, 3.25)
+    assert not [name for name in metrics if "layers" in name or "anatomy" in name]
+    assert run.info.end_time - run.info.start_time == 15750
+
+    # nothing changed: nothing is written
+    assert track(runs, uri, artifacts) == {"new": 0, "changed": 0, "unchanged": 8}
+    assert {name: other.info.run_id for name, other in stored("cell").items()} == {
+        name: other.info.run_id for name, other in cells.items()
+    }
+
+    # one number and one table changed: that cell and the report are replaced
+    runs = runs.copy()
+    own = (runs["cell"] == "qwen/sparsegpt/50-2of4") & (runs["subject"] == "wikitext2")
+    runs.loc[own, "value"] = 35.0
+    (tmp_path / "tables" / "accuracy.md").write_text("| b |")
+    assert track(runs, uri, artifacts) == {"new": 0, "changed": 1, "unchanged": 7}
+    again = stored("cell")
+    assert again["qwen/sparsegpt/50-2of4"].info.run_id != run.info.run_id
+    assert again["qwen/sparsegpt/50-2of4"].data.metrics["perplexity.wikitext2"] == 35.0
+    assert len(again) == 8
+    assert len(stored("report")) == 1
+
+
+def test_missing_artifacts_are_named(runs: pd.DataFrame, tmp_path: Path) -> None:
+    with pytest.raises(PatchError, match=r"nothing\.md: no such file"):
+        track(runs, f"sqlite:///{tmp_path}/mlflow.db", [tmp_path / "nothing.md"])

@@ -1,0 +1,191 @@
+"""The commands as a person types them, on a tiny model directory; and one clear line for every kind of bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from patch.models import load_model, prunable_linears
+from patch.sparsity.maskset import MaskSet
+
+
+def patch_llm(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "patch", *map(str, arguments)],
+        cwd=cwd or Path(__file__).parents[1],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def error_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line an error ends with; nothing that looks like a crash may stand before it."""
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def text_file(tmp_path: Path, documents: list[str]) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(documents))
+    return path
+
+
+def test_help_lists_one_command_per_stage_without_loading_torch() -> None:
+    done = patch_llm("--help")
+    assert done.returncode == 0
+    for command in ("prepare", "prune", "evaluate", "collect", "tables", "figures", "mlflow", "show"):
+        assert command in done.stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import patch.cli, sys; print('torch' in sys.modules)"], capture_output=True, text=True
+    )
+    assert loaded.stdout.strip() == "False"
+
+
+def test_prune_then_evaluate_a_users_own_model(model_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    calibration = ("--calibration", text_file, "--sampling", "packed", "--samples", 4, "--length", 16)
+    done = patch_llm(
+        "prune", "--model", model_directory, "--method", "wanda", "--pattern", "2:4", *calibration, "--output", out
+    )
+    assert done.returncode == 0, done.stderr
+    masks = MaskSet.load(out / "mask.safetensors")
+    assert masks.sparsity == 0.5
+    assert masks.linears.keys() == prunable_linears(load_model(str(model_directory))).keys()
+    record = json.loads((out / "record.json").read_text())
+    assert record["arguments"]["method"] == "wanda"
+    assert record["metrics"][0] == {
+        "subject": "model", "name": "sparsity", "value": 0.5, "stderr": None, "samples": masks_size(masks)
+    }  # fmt: skip
+
+    text = ("--text", f"mine={text_file}", "--length", 16)
+    done = patch_llm(
+        "evaluate", "--model", model_directory, "--mask", out / "mask.safetensors", *text, "--output", out / "eval"
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((out / "eval" / "record.json").read_text())
+    assert [metric["name"] for metric in record["metrics"]] == ["perplexity"]
+    assert record["inputs"]["mask"] == masks.checksum
+
+
+def masks_size(masks: MaskSet) -> int:
+    return sum(mask.size for mask in masks.linears.values())
+
+
+def test_sparsegpt_options_reach_the_method(model_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ("--set", "damping=0.1", "--set", "block_size=32")
+    calibration = ("--calibration", text_file, "--sampling", "packed", "--samples", 4, "--length", 16)
+    done = patch_llm(
+        "prune", "--model", model_directory, "--method", "sparsegpt", "--pattern", "unstructured", "--sparsity", 30,
+        *options, *calibration, "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert record["arguments"]["options"] == {"damping": 0.1, "block_size": 32}
+    assert MaskSet.load(tmp_path / "out" / "mask.safetensors").sparsity == pytest.approx(0.3, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "wnda"], "method 'wnda': unknown; choose one of"),
+        (["--method", "thanos"], "method 'thanos': part of the paper's grid, but this version cannot run it yet"),
+        (["--method", "sparsegpt", "--set", "dampin=1"], "option 'dampin'"),
+        (["--method", "magnitude", "--pattern", "2-4"], "pattern '2-4': not one of"),
+        (["--method", "magnitude", "--pattern", "3:5"], "64 inputs do not split into 5s"),
+        (["--method", "magnitude", "--dtype", "float8"], "dtype 'float8': choose one of"),
+        (["--method", "magnitude", "--pattern", "unstructured", "--sparsity", "120"], "--sparsity 120"),
+        (["--calibration", "nowhere.txt"], "text nowhere.txt: no such file"),
+        (["--calibration", "c4"], "data set allenai/c4: not in the local cache"),
+    ],
+)
+def test_bad_arguments_end_in_one_line_and_leave_no_result(
+    arguments: list[str], message: str, model_directory: Path, tmp_path: Path
+) -> None:
+    done = patch_llm("prune", "--model", model_directory, "--output", tmp_path / "out", *arguments)
+    assert message in error_line(done)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_unknown_hub_model_without_network_says_how_to_go_on(tmp_path: Path) -> None:
+    line = error_line(patch_llm("prune", "--model", "someone/some-model", "--output", tmp_path / "out"))
+    assert "model someone/some-model: not in the local cache and the hub cannot be reached" in line
+
+
+def test_damaged_weights_name_the_layer(model_directory: Path, tmp_path: Path) -> None:
+    weights = load_file(model_directory / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(weights, model_directory / "model.safetensors", {"format": "pt"})
+    done = patch_llm("prune", "--model", model_directory, "--method", "magnitude", "--output", tmp_path / "out")
+    assert "layer model.layers.1.mlp.up_proj: its weights hold NaN or Inf" in error_line(done)
+    assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+def test_mask_of_another_model_is_refused(model_directory: Path, tmp_path: Path, text_file: Path) -> None:
+    out = tmp_path / "out"
+    assert patch_llm("prune", "--model", model_directory, "--method", "magnitude", "--output", out).returncode == 0
+    weights = load_file(model_directory / "model.safetensors")
+    save_file(
+        {name: tensor * 1.5 for name, tensor in weights.items()},
+        model_directory / "model.safetensors",
+        {"format": "pt"},
+    )
+    done = patch_llm(
+        "evaluate", "--model", model_directory, "--mask", out / "mask.safetensors", "--text", f"t={text_file}",
+        "--length", 16, "--output", tmp_path / "eval",
+    )  # fmt: skip
+    assert "the mask belongs to another model" in error_line(done)
+
+
+def test_truncated_mask_is_refused(model_directory: Path, tmp_path: Path, text_file: Path) -> None:
+    out = tmp_path / "out"
+    assert patch_llm("prune", "--model", model_directory, "--method", "magnitude", "--output", out).returncode == 0
+    mask = out / "mask.safetensors"
+    mask.write_bytes(mask.read_bytes()[:-100])
+    done = patch_llm(
+        "evaluate", "--model", model_directory, "--mask", mask, "--text", f"t={text_file}", "--output", tmp_path / "e"
+    )
+    assert "truncated or not a safetensors file" in error_line(done)
+
+
+def test_full_disk_leaves_nothing_half_written(model_directory: Path, tmp_path: Path) -> None:
+    """A file size limit stands for the full disk: the write fails part-way, as it would there."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); sys.argv[0] = 'patch-llm'; "
+        "from patch.cli import main; main()"
+    )
+    arguments = ["prune", "--model", str(model_directory), "--method", "magnitude", "--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "no space left to write it; nothing was changed" in error_line(done)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_second_run_in_the_same_directory_is_refused(model_directory: Path, tmp_path: Path) -> None:
+    from patch.artefacts import exclusive
+
+    with exclusive(tmp_path / "out"):
+        done = patch_llm("prune", "--model", model_directory, "--method", "magnitude", "--output", tmp_path / "out")
+    assert "another run is writing here" in error_line(done)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_asking_for_a_missing_gpu_is_one_line(model_directory: Path, tmp_path: Path) -> None:
+    done = patch_llm(
+        "prune", "--model", model_directory, "--method", "magnitude", "--device", "cuda", "--output", tmp_path / "out"
+    )
+    assert "--device cuda: PyTorch sees no GPU here" in error_line(done)

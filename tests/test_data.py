@@ -1,0 +1,310 @@
+"""The three ways of sampling text, against plain loops, and every source that needs no network."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pandas as pd
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from patch import data
+from patch.artefacts import PatchError
+from patch.data import TokenSet, make_tokens, read_documents
+from patch.models import tokenizer_checksum
+
+LENGTH = 16
+
+
+@pytest.fixture
+def source(tmp_path, documents) -> str:
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return str(path)
+
+
+# windows
+
+
+def naive_windows(tokenizer, documents, length, samples, seed):
+    """The papers' calls in the papers' order: draw documents until one is long enough, then a window of it."""
+    generator = random.Random(seed)
+    windows = []
+    for _ in range(samples):
+        while True:
+            ids = tokenizer(documents[generator.randint(0, len(documents) - 1)]).input_ids
+            if len(ids) > length:
+                break
+        start = generator.randint(0, len(ids) - length - 1)
+        windows.append(ids[start : start + length])
+    return windows
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_windows_are_the_papers_draws(source, tokenizer, documents, seed):
+    made = make_tokens(tokenizer, source, sampling="windows", length=LENGTH, samples=20, seed=seed)
+    assert made.ids.dtype == torch.int32
+    assert made.ids.tolist() == naive_windows(tokenizer, documents, LENGTH, 20, seed)
+
+
+def test_windows_need_a_number(source, tokenizer):
+    with pytest.raises(PatchError, match="needs the number of samples"):
+        make_tokens(tokenizer, source, sampling="windows", length=LENGTH, seed=0)
+
+
+def test_windows_of_documents_that_are_all_too_short_do_not_loop_for_ever(source, tokenizer):
+    with pytest.raises(PatchError, match=r"no document has more than 500 tokens, .*use 'packed' or a shorter length"):
+        make_tokens(tokenizer, source, sampling="windows", length=500, samples=1, seed=0)
+
+
+def test_a_document_of_exactly_the_length_is_too_short_for_windows(tmp_path, tokenizer):
+    length = len(tokenizer("the tile mask of a layer").input_ids)
+    (tmp_path / "a.txt").write_text("the tile mask of a layer")
+    with pytest.raises(PatchError, match="no document"):
+        make_tokens(tokenizer, str(tmp_path / "a.txt"), sampling="windows", length=length, samples=1, seed=0)
+    made = make_tokens(tokenizer, str(tmp_path / "a.txt"), sampling="windows", length=length - 1, samples=3, seed=0)
+    assert made.ids.shape == (3, length - 1)
+
+
+def test_one_character_may_be_several_tokens(tmp_path):
+    """Bytes are the tokens here: 10 characters of 3 bytes each are long enough for a window of 20."""
+    alphabet = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    inner = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    (tmp_path / "a.txt").write_text("稀疏矩阵很小但很快乐", encoding="utf-8")
+    made = make_tokens(
+        PreTrainedTokenizerFast(tokenizer_object=inner),
+        str(tmp_path / "a.txt"),
+        sampling="windows",
+        length=20,
+        samples=2,
+        seed=0,
+    )
+    assert made.ids.shape == (2, 20)
+
+
+# packed
+
+
+def naive_packed(tokenizer, documents, length, batch=1000):
+    blocks = []
+    for first in range(0, len(documents), batch):
+        stream = []
+        for text in documents[first : first + batch]:
+            stream += tokenizer(text).input_ids
+        while len(stream) >= length:
+            blocks.append(stream[:length])
+            stream = stream[length:]
+    return blocks
+
+
+def test_packed_blocks_are_the_documents_in_order(source, tokenizer, documents):
+    made = make_tokens(tokenizer, source, sampling="packed", length=LENGTH)
+    assert made.ids.tolist() == naive_packed(tokenizer, documents, LENGTH)
+
+
+def test_the_tail_of_every_batch_of_documents_is_dropped(source, tokenizer, documents, monkeypatch):
+    monkeypatch.setattr(data, "PACKING_BATCH", 7)
+    made = make_tokens(tokenizer, source, sampling="packed", length=LENGTH)
+    expected = naive_packed(tokenizer, documents, LENGTH, batch=7)
+    assert made.ids.tolist() == expected
+    assert len(expected) < len(naive_packed(tokenizer, documents, LENGTH))
+
+
+def test_the_papers_batches_have_1000_documents():
+    assert data.PACKING_BATCH == 1000
+
+
+@pytest.mark.parametrize("batch", [7, 1000])
+def test_without_a_seed_the_first_blocks_are_taken(source, tokenizer, documents, batch, monkeypatch):
+    monkeypatch.setattr(data, "PACKING_BATCH", batch)
+    made = make_tokens(tokenizer, source, sampling="packed", length=LENGTH, samples=9)
+    assert made.ids.tolist() == naive_packed(tokenizer, documents, LENGTH, batch)[:9]
+
+
+def test_with_a_seed_all_blocks_are_shuffled_before_the_first_are_taken(source, tokenizer, documents):
+    expected = naive_packed(tokenizer, documents, LENGTH)
+    random.Random(3).shuffle(expected)
+    made = make_tokens(tokenizer, source, sampling="packed", length=LENGTH, samples=9, seed=3)
+    assert made.ids.tolist() == expected[:9]
+
+
+# joined
+
+
+def test_joined_text_is_tokenised_once_and_the_remainder_dropped(source, tokenizer, documents):
+    ids = tokenizer("\n\n".join(documents)).input_ids
+    made = make_tokens(tokenizer, source, sampling="joined", length=LENGTH)
+    assert made.ids.flatten().tolist() == ids[: len(ids) - len(ids) % LENGTH]
+    assert made.ids.shape == (len(ids) // LENGTH, LENGTH)
+
+
+def test_only_the_first_block_of_joined_text_has_a_bos(source, tokenizer):
+    made = make_tokens(tokenizer, source, sampling="joined", length=LENGTH)
+    assert made.ids[0, 0] == tokenizer.bos_token_id
+    assert (made.ids == tokenizer.bos_token_id).sum() == 1
+    assert made.protocol["bos"] is True
+
+
+def test_fewer_windows_are_the_first_ones(source, tokenizer):
+    every = make_tokens(tokenizer, source, sampling="joined", length=LENGTH)
+    assert torch.equal(make_tokens(tokenizer, source, sampling="joined", length=LENGTH, samples=3).ids, every.ids[:3])
+
+
+# all of them
+
+
+@pytest.mark.parametrize(
+    ("sampling", "samples", "split"), [("windows", 4, "train"), ("packed", 4, "train"), ("joined", 4, "test")]
+)
+def test_the_protocol_tells_how_the_tokens_came_about(source, tokenizer, sampling, samples, split):
+    made = make_tokens(tokenizer, source, sampling=sampling, length=LENGTH, samples=samples, seed=0)
+    protocol = dict(made.protocol)
+    bos = protocol.pop("bos")
+    assert bos == (made.ids[0, 0].item() == 1)
+    assert protocol == {
+        "source": source,
+        "revision": None,
+        "split": split,
+        "sampling": sampling,
+        "length": LENGTH,
+        "samples": samples,
+        "seed": 0,
+        "tokenizer": tokenizer_checksum(tokenizer),
+    }
+
+
+@pytest.mark.parametrize(("sampling", "samples"), [("packed", 10_000), ("joined", 10_000)])
+def test_too_little_text_says_how_much_there_is(source, tokenizer, sampling, samples):
+    has = len(make_tokens(tokenizer, source, sampling=sampling, length=LENGTH).ids)
+    message = rf"holds {has} sequences of {LENGTH} tokens \({sampling}\), 10000 wanted"
+    with pytest.raises(PatchError, match=message):
+        make_tokens(tokenizer, source, sampling=sampling, length=LENGTH, samples=samples, seed=0)
+
+
+@pytest.mark.parametrize("sampling", ["packed", "joined", "windows"])
+@pytest.mark.parametrize("content", ["", '{"text": "the tile"}\n'])
+def test_a_source_with_next_to_nothing_in_it_is_refused(tmp_path, tokenizer, sampling, content):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(PatchError, match=r"holds 0 sequences of 100 tokens|no document has more than 100 tokens"):
+        make_tokens(tokenizer, str(tmp_path / "a.jsonl"), sampling=sampling, length=100, samples=1, seed=0)
+
+
+# sources
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl", ".parquet"])
+def test_files_of_all_kinds_give_the_same_documents(tmp_path, suffix):
+    texts = ["first one", "naïve 你好\nsecond line", "third"]
+    path = tmp_path / f"text{suffix}"
+    if suffix == ".txt":
+        path.write_text("\n\n".join(texts), encoding="utf-8")
+    elif suffix == ".json":
+        path.write_text(json.dumps([{"text": text, "id": 1} for text in texts]))
+    elif suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n\n")
+    else:
+        pd.DataFrame({"id": [1, 2, 3], "text": texts}).to_parquet(path)
+    assert read_documents(str(path), "train") == (texts, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"body": "no such column"}\n'),
+        ("a.jsonl", "not json\n"),
+        ("a.jsonl", '"just a string"\n'),
+        ("a.jsonl", '{"text": null}\n'),
+        ("a.json", '{"text": "not a list"}'),
+        ("a.json", "[1, 2]"),
+        ("a.json", ""),
+        ("a.parquet", "not parquet"),
+        ("a.txt", b"\xff\xfe\xfa"),
+    ],
+)
+def test_files_that_cannot_be_read_are_refused_by_name(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(PatchError, match=rf"text .*{name}: cannot be read .*text column named 'text'"):
+        read_documents(str(tmp_path / name), "train")
+
+
+def test_a_parquet_file_without_the_column_is_refused_by_name(tmp_path):
+    pd.DataFrame({"body": ["x"]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(PatchError, match=r"a\.parquet: cannot be read .*text column named 'text'"):
+        read_documents(str(tmp_path / "a.parquet"), "train")
+
+
+def test_an_unknown_source_is_told_with_the_known_ones():
+    with pytest.raises(PatchError, match=r"text c5: not one of c4, wikitext2, slimpajama, embedded:c4, .* nor a \.txt"):
+        read_documents("c5", "train")
+
+
+def test_a_missing_file_is_told():
+    with pytest.raises(PatchError, match=r"text /nowhere/a\.txt: no such file"):
+        read_documents("/nowhere/a.txt", "train")
+
+
+@pytest.mark.parametrize("source", ["embedded:c5", "embedded:"])
+def test_an_unknown_embedded_text_is_told_with_the_known_ones(source):
+    with pytest.raises(PatchError, match="not embedded; there is embedded:c4, embedded:wikipedia"):
+        read_documents(source, "train")
+
+
+def test_offline_a_data_set_of_the_hub_is_one_line_with_the_way_out(monkeypatch, tmp_path):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(PatchError, match=r"data set allenai/c4: not in the local cache .*HF_HUB_OFFLINE=1"):
+        read_documents("c4", "train")
+
+
+# token sets
+
+
+def test_token_sets_survive_a_round_trip(tmp_path, tokens):
+    made = tokens()
+    checksum = made.save(tmp_path / "tokens")
+    read = TokenSet.load(tmp_path / "tokens")
+    assert torch.equal(read.ids, made.ids)
+    assert read.ids.dtype == torch.int32
+    assert read.protocol == made.protocol
+    assert read.checksum == made.checksum == checksum
+
+
+def test_the_checksum_is_that_of_the_file_whatever_the_type_in_memory(tmp_path, tokens):
+    made = tokens()
+    wide = TokenSet(made.ids.long(), made.protocol)
+    assert wide.save(tmp_path / "tokens") == wide.checksum == made.checksum
+
+
+def test_an_altered_token_set_is_refused(tmp_path, tokens):
+    tokens().save(tmp_path / "tokens")
+    content = bytearray((tmp_path / "tokens").read_bytes())
+    content[-2] ^= 1
+    (tmp_path / "tokens").write_bytes(content)
+    with pytest.raises(PatchError, match="tokens: its checksum does not match"):
+        TokenSet.load(tmp_path / "tokens")
+
+
+def test_a_truncated_token_set_is_refused(tmp_path, tokens):
+    tokens().save(tmp_path / "tokens")
+    (tmp_path / "tokens").write_bytes((tmp_path / "tokens").read_bytes()[:-10])
+    with pytest.raises(PatchError, match="tokens: truncated"):
+        TokenSet.load(tmp_path / "tokens")
+
+
+def test_a_missing_token_set_is_told(tmp_path):
+    with pytest.raises(PatchError, match="no such file"):
+        TokenSet.load(tmp_path / "tokens")
+
+
+def test_ids_beyond_the_vocabulary_are_refused(tokens):
+    made = tokens()
+    largest = int(made.ids.max())
+    made.check_vocabulary(largest + 1)
+    with pytest.raises(PatchError, match=f"tokens of random: id {largest} does not exist .* vocabulary of {largest}"):
+        made.check_vocabulary(largest)

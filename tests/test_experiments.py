@@ -1,0 +1,482 @@
+"""Configs: layers, messages for what is wrong in them, and the grid they expand to."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from patch import experiments
+from patch.artefacts import PatchError
+from patch.experiments import Experiment, load_experiment, options_markdown, schema
+from patch.methods import METHODS
+
+BASE = {
+    "name": "test",
+    "models": {"tiny": {"source": "./tiny"}},
+    "grid": [{"methods": ["dense", "wanda"]}],
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """`write("a.yaml", {...})` or text; returns the path."""
+
+    def to_file(name, content):
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+        return path
+
+    return to_file
+
+
+def experiment(**changes) -> Experiment:
+    return load_experiment([], BASE | changes)
+
+
+def paths(**changes) -> list[str]:
+    return [cell.path for cell in experiment(**changes).cells()]
+
+
+def cell(path="tiny/wanda/50-2of4", **changes):
+    return next(cell for cell in experiment(**changes).cells() if cell.path == path)
+
+
+def message(*files, **overrides) -> str:
+    with pytest.raises(PatchError) as error:
+        load_experiment(list(files), overrides).expand()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# layers
+
+
+def test_later_layers_win_key_by_key_and_replace_lists(write):
+    low = write("low.yaml", BASE | {"calibration": {"samples": 8, "length": 32}, "seeds": [0, 1, 2]})
+    high = write("high.yaml", {"calibration": {"samples": 4}, "seeds": [7]})
+    merged = load_experiment([low, high])
+    assert (merged.calibration.samples, merged.calibration.length) == (4, 32)
+    assert merged.seeds == (7,)
+    assert list(merged.models) == ["tiny"]
+
+
+def test_a_file_starts_from_those_it_extends(write):
+    write("one.yaml", BASE | {"threads": 2, "seeds": [1], "description": "one"})
+    write("two.yaml", {"seeds": [2], "description": "two"})
+    top = write("top.yaml", {"extends": ["one.yaml", "two.yaml"], "description": "top"})
+    merged = load_experiment([top])
+    assert (merged.threads, merged.seeds, merged.description) == (2, (2,), "top")
+
+
+def test_extends_is_relative_to_the_file_that_says_so(write, tmp_path):
+    (tmp_path / "deep").mkdir()
+    write("base.yaml", BASE)
+    write("deep/middle.yaml", {"extends": "../base.yaml", "threads": 3})
+    top = write("top.yaml", {"extends": "deep/middle.yaml"})
+    assert load_experiment([top]).threads == 3
+
+
+def test_the_command_line_wins_over_all_files(write):
+    file = write("a.yaml", BASE | {"calibration": {"samples": 8}, "threads": 2})
+    merged = load_experiment([file], {"calibration": {"samples": 3}})
+    assert (merged.calibration.samples, merged.threads) == (3, 2)
+
+
+def test_null_takes_away_what_a_lower_layer_or_default_gives():
+    assert experiment(evaluation={"tasks": None}).evaluation.tasks is None
+
+
+def test_files_that_extend_each_other_are_refused(write):
+    write("a.yaml", {"extends": "b.yaml"} | BASE)
+    b = write("b.yaml", {"extends": "a.yaml"})
+    assert "b.yaml: extends itself through b.yaml -> a.yaml" in message(b)
+
+
+def test_the_same_base_twice_is_not_a_circle(write):
+    write("base.yaml", BASE)
+    write("one.yaml", {"extends": "base.yaml"})
+    write("two.yaml", {"extends": "base.yaml"})
+    assert load_experiment([write("top.yaml", {"extends": ["one.yaml", "two.yaml"]})]).name == "test"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("name: [", "a.yaml: not valid YAML"),
+        ("- a\n- b\n", "a.yaml: a config is a mapping of keys, found list"),
+        ("", "a.yaml: the key 'name' is missing"),
+        ("extends: nowhere.yaml\n", "nowhere.yaml: no such config file"),
+    ],
+)
+def test_files_that_are_no_config_are_refused_by_name(write, content, expected):
+    assert expected in message(write("a.yaml", content))
+
+
+def test_a_missing_file_is_told(tmp_path):
+    assert "nowhere.yaml: no such config file" in message(tmp_path / "nowhere.yaml")
+
+
+# what is wrong, where, and what was meant
+
+
+@pytest.mark.parametrize(
+    ("where", "wrong", "expected"),
+    [
+        ("top", {"calibratoin": {}}, "unknown key 'calibratoin'; did you mean 'calibration'?"),
+        ("nested", {"calibration": {"sample": 3}}, "unknown key 'calibration.sample'; did you mean 'samples'?"),
+        (
+            "deeper",
+            {"evaluation": {"tasks": {"nmes": []}}},
+            "unknown key 'evaluation.tasks.nmes'; did you mean 'names'?",
+        ),
+        (
+            "in a dictionary",
+            {"evaluation": {"perplexity": {"wiki": {"source": "c4", "lenght": 9}}}},
+            "unknown key 'evaluation.perplexity.wiki.lenght'; did you mean 'length'?",
+        ),
+        ("model", {"models": {"tiny": {"sorce": "x"}}}, "unknown key 'models.tiny.sorce'; did you mean 'source'?"),
+        (
+            "grid",
+            {"grid": [{"methods": ["wanda"], "patern": []}]},
+            "unknown key 'grid.0.patern'; did you mean 'patterns'?",
+        ),
+        (
+            "grid value",
+            {"grid": [{"methods": ["wnada"]}]},
+            "grid.0.methods.0: 'wnada' is not possible; did you mean 'wanda'?",
+        ),
+        ("methods", {"methods": {"wnada": {}}}, "'wnada' is not possible; did you mean 'wanda'?"),
+        (
+            "method option",
+            {"methods": {"sparsegpt": {"blok_size": 8}}},
+            "methods.sparsegpt.blok_size: extra inputs are not permitted; did you mean 'block_size'?",
+        ),
+        ("method value", {"methods": {"sparsegpt": {"block_size": 7}}}, "methods.sparsegpt.block_size: "),
+        (
+            "variant option",
+            {"variants": {"shifted": {"wanda": {"shift_zeros": True}}}},
+            "variants.shifted.wanda.shift_zeros: extra inputs are not permitted; did you mean 'shift_zero_metrics'?",
+        ),
+        ("value", {"calibration": {"samples": 0}}, "calibration.samples: Input should be greater than 0 (found 0)"),
+        ("choice", {"device": "cuba"}, "device: 'cuba' is not possible; did you mean 'cuda'?"),
+        (
+            "model that is not defined",
+            {"grid": [{"methods": ["wanda"], "models": ["tinny"]}]},
+            "grid.0.models: 'tinny' is not defined; did you mean 'tiny'?",
+        ),
+        (
+            "variant that is not defined",
+            {"grid": [{"methods": ["wanda"], "variants": ["defualt"]}]},
+            "grid.0.variants: 'defualt' is not defined; did you mean 'default'?",
+        ),
+        (
+            "excluded model that is not defined",
+            {"exclude": [{"models": ["tinny"], "reason": "why"}]},
+            "exclude.0.models: 'tinny' is not defined; did you mean 'tiny'?",
+        ),
+        ("selected model", {"only": {"models": ["tinny"]}}, "only.models: 'tinny' is not defined"),
+        ("exclusion without reason", {"exclude": [{"methods": ["wanda"]}]}, "the key 'exclude.0.reason' is missing"),
+        ("name", {"name": "a/b"}, "name: String should match pattern"),
+    ],
+)
+@pytest.mark.parametrize("place", ["first", "second", "command line"])
+def test_a_mistake_is_told_with_its_key_its_file_and_the_nearest_valid_key(write, where, wrong, expected, place):
+    del where  # names the case
+    layers = {"first": BASE | wrong, "second": {"threads": 2}}
+    overrides = {}
+    if place == "second":
+        layers = {"first": BASE, "second": wrong}
+    elif place == "command line":
+        layers, overrides = {"first": BASE, "second": {"threads": 2}}, wrong
+    files = [write(f"{name}.yaml", content) for name, content in layers.items()]
+    found = message(*files, **overrides)
+    assert expected in found
+    assert found.startswith(
+        "the command line: " if place == "command line" else str(files[0 if place == "first" else 1])
+    )
+
+
+def test_a_missing_key_is_told(write):
+    assert "the key 'models' is missing" in message(write("a.yaml", {"name": "x", "grid": []}))
+
+
+def test_several_mistakes_are_counted(write):
+    assert "(1 more problems after this one.)" in message(write("a.yaml", BASE | {"thread": 1, "seed": 1}))
+
+
+def test_without_anything_near_the_valid_keys_are_listed(write):
+    assert "valid: name, description, models, grid" in message(write("a.yaml", BASE | {"zzzz": 1}))
+
+
+@pytest.mark.parametrize("place", ["grid", "exclude", "only"])
+def test_an_unknown_pattern_is_told(place):
+    wrong = {
+        "grid": {"grid": [{"methods": ["wanda"], "patterns": ["2:5:1"]}]},
+        "exclude": {"exclude": [{"patterns": ["2:5:1"], "reason": "why"}]},
+        "only": {"only": {"patterns": ["2:5:1"]}},
+    }[place]
+    assert "pattern '2:5:1': not one of dense, unstructured" in message(**(BASE | wrong))
+
+
+def test_a_pattern_that_yaml_reads_as_a_number_is_told_to_be_quoted(write):
+    """YAML 1.1 reads 2:4 without quotes as 2 * 60 + 4."""
+    text = yaml.safe_dump({key: value for key, value in BASE.items() if key != "grid"})
+    file = write("a.yaml", text + "grid:\n- {methods: [wanda], patterns: [2:4]}\n")
+    assert "quote" in message(file)
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern"),
+    [("wanda", "tiles:8x8"), ("wanda", "dense"), ("proxsparse", "unstructured"), ("patch_tile", "2:4")],
+)
+def test_a_pattern_that_a_method_cannot_make_is_told(method, pattern):
+    grid = [{"methods": [method], "patterns": [pattern], "sparsities": [50]}]
+    assert f"method {method} cannot make the pattern {pattern!r}" in message(**(BASE | {"grid": grid}))
+
+
+def test_patterns_without_a_fixed_sparsity_need_one():
+    grid = [{"methods": ["wanda"], "patterns": ["unstructured"]}]
+    assert "pattern 'unstructured' needs `sparsities` beside it" in message(**(BASE | {"grid": grid}))
+
+
+@pytest.mark.parametrize("sparsity", [-1, 100, 150])
+def test_targets_outside_0_to_100_percent_are_refused(sparsity):
+    grid = [{"methods": ["wanda"], "patterns": ["unstructured"], "sparsities": [sparsity]}]
+    assert "sparsities" in message(**(BASE | {"grid": grid}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"grid": []},
+        {"models": {}},
+        {"only": {"methods": ["magnitude"]}},
+        {"exclude": [{"reason": "all of it"}]},
+    ],
+)
+def test_a_grid_with_nothing_left_is_refused(changes):
+    assert "no cell is left to run; check `grid`, `exclude` and `only`" in message(**(BASE | changes))
+
+
+# the grid
+
+
+def test_the_grid_is_a_product_in_order():
+    found = paths(
+        models={"a": {"source": "./a"}, "b": {"source": "./b"}},
+        grid=[
+            {"methods": ["dense", "wanda"], "patterns": ["2:4"]},
+            {"methods": ["magnitude"], "patterns": ["unstructured"], "sparsities": [45, 25.5], "models": ["b"]},
+        ],
+    )
+    assert found == [
+        "a/dense",
+        "a/wanda/50-2of4",
+        "b/dense",
+        "b/wanda/50-2of4",
+        "b/magnitude/45-unstructured",
+        "b/magnitude/25.5-unstructured",
+    ]
+
+
+def test_patterns_that_fix_the_sparsity_ignore_targets():
+    grid = [{"methods": ["wanda"], "patterns": ["2:4", "1:4", "unstructured"], "sparsities": [30]}]
+    assert paths(grid=grid) == ["tiny/wanda/50-2of4", "tiny/wanda/75-1of4", "tiny/wanda/30-unstructured"]
+
+
+def test_tiles_have_their_size_in_the_path():
+    grid = [{"methods": ["patch_joint"], "patterns": ["tiles:128x128", "tiles:64x64"], "sparsities": [45]}]
+    assert paths(grid=grid) == ["tiny/patch_joint/45-tiles128x128", "tiny/patch_joint/45-tiles64x64"]
+
+
+def test_cells_that_two_blocks_ask_for_come_once():
+    assert paths(grid=[{"methods": ["dense", "wanda"]}, {"methods": ["wanda", "dense"]}]) == [
+        "tiny/dense",
+        "tiny/wanda/50-2of4",
+    ]
+
+
+def test_seeds_are_an_axis_of_all_but_dense():
+    assert paths(seeds=[0, 3]) == ["tiny/dense", "tiny/wanda/50-2of4", "tiny/wanda/50-2of4/seed-3"]
+
+
+def test_variants_apply_to_the_methods_they_name():
+    changes = {
+        "grid": [{"methods": ["wanda", "magnitude"], "variants": ["default", "shifted"]}],
+        "variants": {"shifted": {"wanda": {"shift_zero_metrics": True}}},
+        "seeds": [2],
+    }
+    assert paths(**changes) == [
+        "tiny/wanda/50-2of4/seed-2",
+        "tiny/magnitude/50-2of4/seed-2",
+        "tiny/wanda/50-2of4/shifted/seed-2",
+    ]
+    assert cell("tiny/wanda/50-2of4/shifted/seed-2", **changes).options == {"shift_zero_metrics": True}
+    assert cell("tiny/wanda/50-2of4/seed-2", **changes).options == {"shift_zero_metrics": False}
+
+
+def test_a_variant_adds_to_the_options_of_all_cells():
+    changes = {
+        "grid": [{"methods": ["sparsegpt"], "variants": ["coarse"]}],
+        "methods": {"sparsegpt": {"damping": 0.1, "block_size": 64}},
+        "variants": {"coarse": {"sparsegpt": {"block_size": 256}}},
+    }
+    assert cell("tiny/sparsegpt/50-2of4/coarse", **changes).options == {"block_size": 256, "damping": 0.1}
+
+
+def test_two_different_cells_never_share_a_path():
+    """A variant that is called like the folder of a seed."""
+    changes = {
+        "grid": [{"methods": ["wanda"], "variants": ["default", "seed-1"]}],
+        "variants": {"seed-1": {"wanda": {"shift_zero_metrics": True}}},
+        "seeds": [0, 1],
+    }
+    assert "seed-1" in message(**(BASE | changes))
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".", "with space"])
+@pytest.mark.parametrize("what", ["models", "variants"])
+def test_names_that_are_no_folder_names_are_refused(what, name):
+    changes = {
+        "models": {"models": {name: {"source": "./tiny"}}},
+        "variants": {"variants": {name: {"wanda": {}}}, "grid": [{"methods": ["wanda"], "variants": [name]}]},
+    }[what]
+    assert what in message(**(BASE | changes))
+
+
+def test_exclusions_are_left_out_with_their_reason():
+    grid = experiment(
+        grid=[{"methods": ["dense", "wanda", "magnitude"]}],
+        exclude=[{"methods": ["wanda"], "models": ["tiny"], "patterns": ["2:4"], "reason": "too slow"}],
+    ).expand()
+    assert [cell.path for cell in grid.cells] == ["tiny/dense", "tiny/magnitude/50-2of4"]
+    assert [(cell.path, reason) for cell, reason in grid.excluded] == [("tiny/wanda/50-2of4", "too slow")]
+    assert "excluded: tiny/wanda/50-2of4 (too slow)" in grid.summary()
+
+
+def test_a_cell_that_two_blocks_ask_for_is_excluded_once():
+    blocks = [{"methods": ["dense", "wanda"]}, {"methods": ["wanda"]}]
+    excluded = experiment(grid=blocks, exclude=[{"methods": ["wanda"], "reason": "why"}]).expand().excluded
+    assert [cell.path for cell, _ in excluded] == ["tiny/wanda/50-2of4"]
+
+
+def test_only_selects_a_part_without_a_word_about_the_rest():
+    grid = experiment(
+        grid=[{"methods": ["dense", "wanda"], "patterns": ["2:4", "unstructured"], "sparsities": [25, 45]}],
+        only={"methods": ["wanda"], "sparsities": [45, 50]},
+    ).expand()
+    assert [cell.path for cell in grid.cells] == ["tiny/wanda/50-2of4", "tiny/wanda/45-unstructured"]
+    assert grid.excluded == []
+
+
+def test_the_summary_counts_and_names_what_cannot_run_yet():
+    summary = experiment(grid=[{"methods": ["dense", "wanda", "maskllm"]}]).expand().summary()
+    assert summary.startswith("3 cells")
+    line = next(line for line in summary.splitlines() if "MaskLLM" in line)
+    assert "listed, not yet runnable" in line
+    assert [cell.runs for cell in experiment(grid=[{"methods": ["dense", "maskllm"]}]).cells()] == [True, False]
+
+
+# the key of a cell
+
+
+@pytest.fixture(autouse=True)
+def fixed_code(monkeypatch):
+    """Keys without reading the whole package."""
+    versions = {"prune": "1", "evaluate": "1"}
+    monkeypatch.setattr(experiments, "code_hash", lambda stage: versions[stage])
+    return versions
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"calibration": {"samples": 127}},
+        {"calibration": {"source": "embedded:c4"}},
+        {"calibration": {"sampling": "packed"}},
+        {"methods": {"wanda": {"shift_zero_metrics": True}}},
+        {"models": {"tiny": {"source": "./other"}}},
+        {"models": {"tiny": {"source": "./tiny", "dtype": "bfloat16"}}},
+        {"models": {"tiny": {"source": "./tiny", "revision": "abc"}}},
+    ],
+)
+def test_what_changes_the_masks_changes_both_keys(changes):
+    for stage in ("prune", "evaluate"):
+        assert cell().key(stage) != cell(**changes).key(stage)
+
+
+def test_method_pattern_sparsity_and_seed_are_in_the_key():
+    grid = [{"methods": ["wanda", "magnitude"], "patterns": ["2:4", "unstructured"], "sparsities": [25, 50]}]
+    cells = experiment(grid=grid, seeds=[0, 1]).cells()
+    assert len({cell.key("prune") for cell in cells}) == len({cell.path for cell in cells}) == 12
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"description": "new words"},
+        {"name": "renamed"},
+        {"threads": 4},
+        {"device": "cpu"},
+        {"mlflow_uri": "sqlite:///elsewhere.db"},
+        {"methods": {"sparsegpt": {"block_size": 64}}},
+        {"methods": {"wanda": {"shift_zero_metrics": False}}},  # the default, spelled out
+        {"grid": [{"methods": ["wanda", "magnitude"]}]},
+    ],
+)
+def test_what_does_not_change_the_numbers_changes_no_key(changes):
+    for stage in ("prune", "evaluate"):
+        assert cell().key(stage) == cell(**changes).key(stage)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"evaluation": {"tasks": None}},
+        {"evaluation": {"tasks": {"limit": 10}}},
+        {"evaluation": {"perplexity": {"wikitext2": {"source": "wikitext2", "length": 2048}}}},
+    ],
+)
+def test_the_evaluation_changes_only_its_own_key(changes):
+    assert cell().key("prune") == cell(**changes).key("prune")
+    assert cell().key("evaluate") != cell(**changes).key("evaluate")
+    assert cell(**changes).hash == cell(**changes).key("evaluate")
+
+
+def test_code_changes_the_keys_of_its_stage_and_those_after_it(fixed_code):
+    before = {stage: cell().key(stage) for stage in ("prune", "evaluate")}
+    fixed_code["evaluate"] = "2"
+    assert cell().key("prune") == before["prune"]
+    assert cell().key("evaluate") != before["evaluate"]
+    fixed_code["evaluate"] = "1"
+    fixed_code["prune"] = "2"
+    assert cell().key("prune") != before["prune"]
+    assert cell().key("evaluate") != before["evaluate"]
+
+
+def test_methods_that_look_at_no_text_do_not_depend_on_it():
+    grid = [{"methods": ["magnitude"]}]
+    path = "tiny/magnitude/50-2of4"
+    assert cell(path, grid=grid).calibration is None
+    assert cell(path, grid=grid).key("prune") == cell(path, grid=grid, calibration={"samples": 3}).key("prune")
+
+
+# what is generated from the models
+
+
+def test_the_schema_knows_every_key_and_allows_no_other():
+    content = schema()
+    assert {"extends", *Experiment.model_fields} == set(content["properties"])
+    assert content["additionalProperties"] is False
+
+
+def test_every_key_and_every_option_has_a_row_with_its_default():
+    sections = {part.partition("\n")[0].strip("`"): part for part in options_markdown().split("\n## ")}
+    for model in (Experiment, experiments.GridBlock, experiments.Calibration, experiments.Tasks):
+        for name, field in model.model_fields.items():
+            rows = [line for line in sections[model.__name__].splitlines() if line.startswith(f"| `{name}` |")]
+            assert len(rows) == 1
+            assert ("| required |" in rows[0]) == field.is_required()
+    for name, method in METHODS.items():
+        assert all(f"| `{option}` |" in sections[name] for option in method.model_fields)
+    assert "| `block_size` | `128` | Columns whose updates" in sections["sparsegpt"]

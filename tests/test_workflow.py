@@ -1,0 +1,84 @@
+"""The workflow as Snakemake sees it: every config's DAG, linting, reruns, and refusals."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(path for path in (ROOT / "workflow" / "config").glob("*.yaml"))
+
+
+def snakemake(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("SNAKEMAKE_PROFILE", None)
+    return subprocess.run(
+        [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_dag_of_every_config_resolves_without_network_gpu_or_token(config: Path, tmp_path: Path) -> None:
+    done = snakemake("--dry-run", "--configfile", str(config), "--directory", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "Job stats" in done.stdout + done.stderr
+
+
+def test_paper_grid_shows_all_models_methods_exclusions_and_reasons(tmp_path: Path) -> None:
+    config = ROOT / "workflow" / "config" / "paper.yaml"
+    done = snakemake("--dry-run", "--configfile", str(config), "--directory", str(tmp_path))
+    output = done.stdout + done.stderr
+    models = ("qwen2.5-0.5b", "llama-3.2-1b", "gemma-3-1b", "llama-2-7b", "llama-3.1-8b", "llama-2-13b")
+    for cell in (f"{model}/wanda/50-2of4" for model in models):
+        assert f"results/paper/{cell}/prune/mask.safetensors" in output
+    for level in ("45", "35", "25"):
+        assert f"patch_joint/{level}-tiles128x128" in output
+    assert "excluded: llama-2-13b/maskllm/50-2of4 (no MaskLLM checkpoint" in output
+    assert "reason: Missing output files" in output
+
+
+def test_listed_methods_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    config = ROOT / "workflow" / "config" / "paper.yaml"
+    done = snakemake("--cores", "1", "--configfile", str(config), "--directory", str(tmp_path))
+    assert done.returncode != 0
+    assert "this version cannot run" in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_typo_in_the_config_names_key_file_and_nearest_key(tmp_path: Path) -> None:
+    layer = tmp_path / "mine.yaml"
+    layer.write_text("calibraton: {samples: 3}\n")
+    demo = ROOT / "workflow" / "config" / "demo.yaml"
+    done = snakemake("--dry-run", "--configfile", str(demo), str(layer), "--directory", str(tmp_path))
+    assert done.returncode != 0
+    assert f"{layer}: unknown key 'calibraton'; did you mean 'calibration'?" in done.stderr
+
+
+def test_rules_are_lint_free_and_formatted() -> None:
+    done = snakemake("--lint")
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = [ROOT / "Snakefile", *(ROOT / "workflow" / "rules").glob("*.smk")]
+    subprocess.run([sys.executable, "-m", "snakefmt", "--check", *map(str, files)], check=True, capture_output=True)
+
+
+def test_named_targets_exist(tmp_path: Path) -> None:
+    done = snakemake("--list-target-rules", "--directory", str(tmp_path))
+    assert {"all", "demo", "tables", "figures", "mlflow"} <= set(done.stdout.split())
+
+
+def test_generated_schema_and_key_list_are_up_to_date() -> None:
+    """`make docs` writes them."""
+    import json
+
+    from patch.experiments import options_markdown, schema
+
+    directory = ROOT / "workflow" / "config"
+    assert json.loads((directory / "schema.json").read_text()) == schema()
+    assert (directory / "options.md").read_text() == options_markdown()

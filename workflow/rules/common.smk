@@ -1,0 +1,186 @@
+"""What the rules share: the experiment, its cells, and the command-line options that describe them."""
+
+import json
+import shlex
+import shutil
+
+from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
+
+from patch.artefacts import PatchError, checksum_json
+from patch.experiments import load_experiment
+from patch.provenance import code_hash
+
+CONFIG_FILES = [str(path) for path in workflow.config_settings.configfiles] or [
+    "workflow/config/demo.yaml"
+]
+OVERRIDES = dict(workflow.config_settings.config)
+
+try:
+    EXPERIMENT = load_experiment(CONFIG_FILES, OVERRIDES)
+    GRID = EXPERIMENT.expand()
+except PatchError as error:
+    raise WorkflowError(str(error)) from None
+
+RUN = f"results/{EXPERIMENT.name}"
+LOGS = f"logs/{EXPERIMENT.name}"
+# Finished parts of evaluations and learning: undeclared, since Snakemake deletes outputs before a retry.
+STATE = "results/state"
+CELLS = {cell.path: cell for cell in GRID.cells}
+ENVIRONMENT = "../../environment.yml"
+# Jobs that compute take one of the `gpu` resource; `--resources gpu=1` then keeps them from sharing one.
+GPUS = int(
+    EXPERIMENT.device == "cuda"
+    or (EXPERIMENT.device == "auto" and shutil.which("nvidia-smi") is not None)
+)
+
+TABLES = [
+    f"{RUN}/tables/{name}.{form}"
+    for name in ("accuracy", "tasks")
+    for form in ("csv", "md", "tex")
+]
+FIGURE_NAMES = ["perplexity_vs_sparsity", "accuracy_vs_sparsity", "sparsity_by_layer"]
+FIGURES = [
+    f"{RUN}/figures/{name}.{form}" for name in FIGURE_NAMES for form in ("pdf", "png")
+]
+
+if workflow.is_main_process:
+    logger.info(f"{EXPERIMENT.name}: {GRID.summary()}")
+
+
+def refuse_unrunnable():
+    """End a real run at once where a cell's method is only listed; a dry-run shows such cells."""
+    methods = sorted({cell.method for cell in GRID.cells if not cell.runs})
+    if methods:
+        runnable = sorted({cell.method for cell in GRID.cells if cell.runs})
+        raise WorkflowError(
+            f"{EXPERIMENT.name}: this version cannot run {', '.join(methods)} yet; run the rest of the "
+            f"grid with --config 'only={{methods: [{', '.join(runnable)}]}}'."
+        )
+
+
+def prepare_model_options(wildcards):
+    source = EXPERIMENT.models[wildcards.model]
+    options = ["--model", source.source, "--dtype", source.dtype]
+    return shlex.join(
+        options + (["--revision", source.revision] if source.revision else [])
+    )
+
+
+def calibration_options(wildcards):
+    text = EXPERIMENT.calibration
+    return _token_options(
+        text.source, text.sampling, text.length, text.samples, wildcards.seed
+    )
+
+
+def perplexity_options(wildcards):
+    text = EXPERIMENT.evaluation.perplexity[wildcards.text]
+    return _token_options(text.source, "joined", text.length, text.windows, None)
+
+
+def _token_options(source, sampling, length, samples, seed):
+    options = ["--source", source, "--sampling", sampling, "--length", str(length)]
+    options += ["--samples", str(samples)] if samples is not None else []
+    return shlex.join(options + (["--seed", seed] if seed is not None else []))
+
+
+def calibration_tokens(wildcards):
+    """The token file that a cell's method looks at; none for methods that look at weights only."""
+    cell = CELLS[wildcards.cell]
+    return (
+        f"{RUN}/{cell.model}/tokens/calibration-seed-{cell.seed}.safetensors"
+        if cell.calibration
+        else []
+    )
+
+
+def prune_options(wildcards, input):
+    cell = CELLS[wildcards.cell]
+    options = [
+        "--method",
+        cell.method,
+        "--pattern",
+        cell.pattern,
+        "--sparsity",
+        f"{cell.sparsity:g}",
+    ]
+    for name, value in cell.options.items():
+        options += ["--set", f"{name}={json.dumps(value)}"]
+    options += ["--calibration", input.calibration] if cell.calibration else []
+    return shlex.join(
+        [*options, "--seed", str(cell.seed), "--device", EXPERIMENT.device]
+    )
+
+
+def cell_model(wildcards):
+    return f"{RUN}/{CELLS[wildcards.cell].model}/model.json"
+
+
+def cell_mask(wildcards):
+    return (
+        []
+        if CELLS[wildcards.cell].method == "dense"
+        else f"{RUN}/{wildcards.cell}/prune/mask.safetensors"
+    )
+
+
+def cell_texts(wildcards):
+    model = CELLS[wildcards.cell].model
+    return {
+        text: f"{RUN}/{model}/tokens/{text}.safetensors"
+        for text in EXPERIMENT.evaluation.perplexity
+    }
+
+
+def tasks_marker(wildcards):
+    return f"{RUN}/tasks.json" if EXPERIMENT.evaluation.tasks else []
+
+
+def task_names():
+    tasks = EXPERIMENT.evaluation.tasks
+    return [*tasks.names, "--source", tasks.source] if tasks else []
+
+
+def evaluate_options(wildcards, input):
+    mask = ["--mask", input.mask] if input.mask else []
+    texts = [
+        item
+        for name, file in cell_texts(wildcards).items()
+        for item in ("--text", f"{name}={file}")
+    ]
+    return shlex.join(mask + texts + task_options() + ["--device", EXPERIMENT.device])
+
+
+def task_options():
+    tasks = EXPERIMENT.evaluation.tasks
+    if tasks is None:
+        return []
+    options = [item for name in tasks.names for item in ("--task", name)]
+    options += ["--task-source", tasks.source, "--batch-size", str(tasks.batch_size)]
+    options += ["--limit", str(tasks.limit)] if tasks.limit else []
+    return options + [
+        item
+        for name, n in tasks.limits.items()
+        for item in ("--limit-for", f"{name}={n}")
+    ]
+
+
+def cell_records(wildcards):
+    """The records of all cells: what the runs table is made of."""
+    pruned = [path for path, cell in CELLS.items() if cell.method != "dense"]
+    return [f"{RUN}/{path}/prune/record.json" for path in pruned] + [
+        f"{RUN}/{path}/evaluate/record.json" for path in CELLS
+    ]
+
+
+def collect_options():
+    configs = [item for file in CONFIG_FILES for item in ("--config", file)]
+    return shlex.join([*configs, "--override", json.dumps(OVERRIDES)])
+
+
+def grid_key():
+    """Identity of the whole grid: any change of settings or code is a reason to collect again."""
+    return checksum_json([cell.hash for cell in GRID.cells] + [code_hash("collect")])[
+        :16
+    ]

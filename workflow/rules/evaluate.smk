@@ -1,0 +1,29 @@
+"""Perplexity and zero-shot accuracy of every cell. Finished texts and tasks survive an interruption."""
+
+
+rule evaluate:
+    input:
+        unpack(cell_texts),
+        model=cell_model,
+        mask=cell_mask,
+        tasks=tasks_marker,
+    output:
+        record=f"{RUN}/{{cell}}/evaluate/record.json",
+        per_item=f"{RUN}/{{cell}}/evaluate/items.parquet",
+    log:
+        f"{LOGS}/{{cell}}/evaluate.log",
+    benchmark:
+        f"{LOGS}/{{cell}}/evaluate.tsv"
+    conda:
+        ENVIRONMENT
+    threads: EXPERIMENT.threads
+    resources:
+        gpu=GPUS,
+    params:
+        options=evaluate_options,
+        key=lambda wildcards: CELLS[wildcards.cell].key("evaluate"),
+        directory=subpath(output.record, parent=True),
+        state=f"{STATE}/evaluate",
+    shell:
+        "python -m patch evaluate --model {input.model} {params.options}"
+        " --threads {threads} --key {params.key} --state {params.state} --output {params.directory} > {log} 2>&1"

@@ -1,0 +1,69 @@
+"""Models, tokens and questions: everything that may need a network, before anything that needs a GPU."""
+
+
+rule prepare_model:
+    output:
+        f"{RUN}/{{model}}/model.json",
+    log:
+        f"{LOGS}/{{model}}/prepare_model.log",
+    benchmark:
+        f"{LOGS}/{{model}}/prepare_model.tsv"
+    conda:
+        ENVIRONMENT
+    params:
+        options=prepare_model_options,
+    shell:
+        "python -m patch prepare model {params.options} --output {output} > {log} 2>&1"
+
+
+rule prepare_calibration:
+    input:
+        model=f"{RUN}/{{model}}/model.json",
+    output:
+        f"{RUN}/{{model}}/tokens/calibration-seed-{{seed}}.safetensors",
+    log:
+        f"{LOGS}/{{model}}/calibration-seed-{{seed}}.log",
+    benchmark:
+        f"{LOGS}/{{model}}/calibration-seed-{{seed}}.tsv"
+    conda:
+        ENVIRONMENT
+    params:
+        options=calibration_options,
+        code=code_hash("prepare"),
+    shell:
+        "python -m patch prepare tokens --model {input.model} {params.options} --output {output} > {log} 2>&1"
+
+
+rule prepare_text:
+    input:
+        model=f"{RUN}/{{model}}/model.json",
+    output:
+        f"{RUN}/{{model}}/tokens/{{text}}.safetensors",
+    log:
+        f"{LOGS}/{{model}}/text-{{text}}.log",
+    benchmark:
+        f"{LOGS}/{{model}}/text-{{text}}.tsv"
+    wildcard_constraints:
+        text="|".join(EXPERIMENT.evaluation.perplexity) or "none",
+    conda:
+        ENVIRONMENT
+    params:
+        options=perplexity_options,
+        code=code_hash("prepare"),
+    shell:
+        "python -m patch prepare tokens --model {input.model} {params.options} --output {output} > {log} 2>&1"
+
+
+rule prepare_tasks:
+    output:
+        f"{RUN}/tasks.json",
+    log:
+        f"{LOGS}/prepare_tasks.log",
+    benchmark:
+        f"{LOGS}/prepare_tasks.tsv"
+    conda:
+        ENVIRONMENT
+    params:
+        options=shlex.join(task_names()),
+    shell:
+        "python -m patch prepare tasks {params.options} --output {output} > {log} 2>&1"

@@ -1,0 +1,26 @@
+"""One-shot pruning: a MaskSet per cell."""
+
+
+rule prune:
+    input:
+        model=cell_model,
+        calibration=calibration_tokens,
+    output:
+        mask=f"{RUN}/{{cell}}/prune/mask.safetensors",
+        record=f"{RUN}/{{cell}}/prune/record.json",
+    log:
+        f"{LOGS}/{{cell}}/prune.log",
+    benchmark:
+        f"{LOGS}/{{cell}}/prune.tsv"
+    conda:
+        ENVIRONMENT
+    threads: EXPERIMENT.threads
+    resources:
+        gpu=GPUS,
+    params:
+        options=prune_options,
+        key=lambda wildcards: CELLS[wildcards.cell].key("prune"),
+        directory=subpath(output.record, parent=True),
+    shell:
+        "python -m patch prune --model {input.model} {params.options}"
+        " --threads {threads} --key {params.key} --output {params.directory} > {log} 2>&1"
