@@ -35,18 +35,20 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     the name does. On any error, Ctrl-C included, the temporary file is removed.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(descriptor)
+        temporary = Path(name)
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 would hide results from colleagues
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        if temporary:
+            temporary.unlink(missing_ok=True)
         if _is_disk_full(error):
             raise PatchError(
                 f"{path}: no space left to write it; nothing was changed. Free some space and run again."
@@ -87,7 +89,8 @@ def write_tensors(
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     checksum = checksum_tensors(tensors)
-    header = {"schema": schema, "checksum": checksum, "metadata": json.dumps(metadata)}
+    text = json.dumps(metadata)
+    header = {"schema": schema, "checksum": checksum, "metadata": text, "metadata_checksum": checksum_json(text)}
     with atomic_path(path) as temporary:
         try:
             save_file(tensors, temporary, header)
@@ -115,7 +118,8 @@ def read_tensors(path: Path | str, schema: str) -> tuple[dict[str, torch.Tensor]
         raise PatchError(
             f"{path}: truncated or not a safetensors file ({error}); delete it and run its stage again."
         ) from None
-    if checksum_tensors(tensors) != header["checksum"]:
+    whole = checksum_tensors(tensors) == header.get("checksum")
+    if not whole or checksum_json(header.get("metadata")) != header.get("metadata_checksum"):
         raise PatchError(f"{path}: its checksum does not match its content; delete it and run its stage again.")
     return tensors, json.loads(header["metadata"]), header["checksum"]
 
@@ -160,11 +164,11 @@ def exclusive(directory: Path | str) -> Iterator[None]:
         lock.release()
 
 
-def _check_schema(path: Path | str, found: str | None, expected: str) -> None:
+def _check_schema(path: Path | str, found: Any, expected: str) -> None:
     if found == expected:
         return
     name = expected.rpartition("/")[0]
-    if found and found.rpartition("/")[0] == name:
+    if isinstance(found, str) and found.rpartition("/")[0] == name:
         raise PatchError(f"{path}: written in schema {found}, this version reads {expected}; run its stage again.")
     raise PatchError(f"{path}: not a {name} file of this project (schema {found!r}, expected {expected!r}).")
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from patch import embedded
 from patch.artefacts import PatchError, checksum_tensors, read_tensors, write_tensors
-from patch.hub import hub_access
+from patch.hub import first_line, hub_access
 from patch.models import tokenizer_checksum
 
 SCHEMA = "patch.tokens/1"
@@ -85,7 +85,7 @@ class TokenSet:
 
     @property
     def checksum(self) -> str:
-        return checksum_tensors({"ids": self.ids})
+        return checksum_tensors({"ids": self.ids.to(torch.int32)})
 
     def check_vocabulary(self, size: int) -> None:
         """Raise PatchError when an id does not exist in a vocabulary of `size`."""
@@ -112,10 +112,12 @@ def make_tokens(
     samples: None for all that the text holds (not for "windows"). split: "train", or "test" for perplexity.
     Raises PatchError when the source cannot be read or holds too little text.
     """
+    samplers = {"windows": _windows, "packed": _packed, "joined": _joined}
+    if sampling not in samplers:
+        raise PatchError(f"sampling {sampling!r}: choose one of {', '.join(samplers)}.")
     split = split or ("test" if sampling == "joined" else "train")
     documents, revision = read_documents(source, split)
-    sample = {"windows": _windows, "packed": _packed, "joined": _joined}[sampling]
-    ids = sample(tokenizer, documents, length, samples, seed)
+    ids = samplers[sampling](tokenizer, documents, length, samples, seed)
     if len(ids) < (samples or 1):
         raise PatchError(
             f"text {source}: holds {len(ids)} sequences of {length} tokens ({sampling}), "
@@ -150,10 +152,13 @@ def read_documents(source: str, split: str) -> tuple[list[str], str | None]:
     if not path.is_file():
         raise PatchError(f"text {source}: no such file.")
     try:
-        return _file_documents(path), None
+        documents = _file_documents(path)
+        if any(not isinstance(text, str) for text in documents):
+            raise TypeError("a document's text is not a string")
+        return documents, None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise PatchError(
-            f"text {source}: cannot be read ({error}); JSON and Parquet need a text column named 'text'."
+            f"text {source}: cannot be read ({first_line(error)}); JSON and Parquet need a text column named 'text'."
         ) from None
 
 
@@ -183,7 +188,7 @@ def _file_documents(path: Path) -> list[str]:
     if path.suffix == ".parquet":
         import pandas as pd
 
-        return [str(text) for text in pd.read_parquet(path, columns=["text"])["text"]]
+        return list(pd.read_parquet(path, columns=["text"])["text"])
     if path.suffix == ".jsonl":
         return [json.loads(line)["text"] for line in path.read_text().splitlines() if line.strip()]
     return [document["text"] for document in json.loads(path.read_text())]
@@ -194,8 +199,9 @@ def _windows(
 ) -> Tensor:
     if samples is None:
         raise PatchError("sampling 'windows' draws with replacement and needs the number of samples.")
-    # An unlucky source must not loop for ever: characters bound tokens from above.
-    if not any(len(tokenizer(text).input_ids) > length for text in documents if len(text) > length):
+    # An unlucky source must not loop for ever. Bytes, with what the tokenizer adds, bound tokens from above.
+    added = tokenizer.num_special_tokens_to_add()
+    if not any(len(tokenizer(text).input_ids) > length for text in documents if len(text.encode()) + added > length):
         raise PatchError(
             f"no document has more than {length} tokens, as sampling 'windows' needs; use 'packed' or a shorter length."
         )

@@ -13,7 +13,7 @@ import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -25,6 +25,10 @@ from patch.sparsity.patterns import Pattern
 
 TASKS = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa", "race", "hellaswag")
 """The paper's eight zero-shot tasks, in the order of its tables."""
+
+
+# Names of models and variants are folders of the results; "seed-N" is taken.
+Folder = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
 
 
 class Closed(BaseModel):
@@ -97,7 +101,7 @@ class GridBlock(Closed):
     methods: tuple[MethodName, ...]
     patterns: tuple[str, ...] = ("2:4",)
     """dense, unstructured, N:M or tiles:HEIGHTxWIDTH."""
-    sparsities: tuple[float, ...] = ()
+    sparsities: tuple[Annotated[float, Field(ge=0, lt=100)], ...] = ()
     """Targets in percent, for patterns that do not fix it."""
     variants: tuple[str, ...] = ("default",)
     """Names from `variants`."""
@@ -141,7 +145,7 @@ class Experiment(Closed):
     """Results go to results/NAME."""
     description: str = ""
     """For the report and MLflow."""
-    models: dict[str, ModelSource]
+    models: dict[Folder, ModelSource]
     """By the short name used in paths and tables."""
     grid: tuple[GridBlock, ...]
     """Blocks of the grid, one after the other."""
@@ -149,7 +153,7 @@ class Experiment(Closed):
     """Seeds of everything random in a cell, calibration sampling included; an axis of the grid."""
     methods: dict[MethodName, dict[str, Any]] = {}
     """Hyper-parameters that differ from the methods' defaults, for all cells."""
-    variants: dict[str, dict[MethodName, dict[str, Any]]] = {}
+    variants: dict[Folder, dict[MethodName, dict[str, Any]]] = {}
     """Named hyper-parameter sets: variant, then method, then values; other methods skip the variant."""
     exclude: tuple[Exclusion, ...] = ()
     """Cells left out, each with its reason."""
@@ -171,16 +175,20 @@ class Experiment(Closed):
     def expand(self) -> Grid:
         """Expand the grid. Raises PatchError for cells that contradict themselves or each other."""
         grid = Grid([], [])
-        seen: set[str] = set()
+        seen: dict[str, Cell] = {}
         for cell in self._product():
             if not self.only.matches(cell):
                 continue
+            if cell.path in seen:  # asked for by two blocks
+                if cell != seen[cell.path]:
+                    raise PatchError(f"experiment {self.name}: two different cells would share the folder {cell.path}.")
+                continue
+            seen[cell.path] = cell
             reason = next((rule.reason for rule in self.exclude if rule.matches(cell)), None)
             if reason is not None:
                 grid.excluded.append((cell, reason))
-            elif cell.path not in seen:
+            else:
                 grid.cells.append(cell)
-            seen.add(cell.path)
         if not grid.cells:
             raise PatchError(f"experiment {self.name}: no cell is left to run; check `grid`, `exclude` and `only`.")
         return grid
@@ -204,7 +212,7 @@ class Experiment(Closed):
             run=self.name,
             model=name,
             source=source,
-            method=method,  # type: ignore[arg-type]
+            method=method,
             options=METHODS[method](**options).model_dump(),
             pattern=pattern,
             sparsity=sparsity,
@@ -393,7 +401,8 @@ def _merge(below: Any, above: Any) -> Any:
 
 
 def _explain(error: ValidationError, model: type[BaseModel], layers: list[tuple[str, dict[str, Any]]]) -> str:
-    problem = error.errors()[0]
+    # a misspelt key first: a missing one is often its consequence
+    problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     location = [part for part in problem["loc"] if part != "[key]"]
     key = ".".join(str(part) for part in location)
     file = _origin(location, layers)
@@ -409,7 +418,10 @@ def _explain(error: ValidationError, model: type[BaseModel], layers: list[tuple[
         return f"{file}: {key}: {problem['input']!r} is not possible; {near}{more}"
     if problem["type"] == "missing":
         return f"{file}: the key {key!r} is missing.{more}"
-    return f"{file}: {key}: {problem['msg']} (found {problem['input']!r}).{more}"
+    hint = ""
+    if "patterns" in location and isinstance(problem["input"], int):
+        hint = "; YAML reads 2:4 without quotes as a number, write '2:4'"
+    return f"{file}: {key}: {problem['msg']} (found {problem['input']!r}){hint}.{more}"
 
 
 def _nearest(word: str, known: list[str]) -> str:

@@ -42,7 +42,7 @@ def _explain(error: BaseException) -> str | None:
     if names & offline or "offline mode" in text or "couldn't connect" in text.lower():
         return f"not in the local cache and the hub cannot be reached; {_OFFLINE}"
     if "HfHubHTTPError" in names:
-        return f"the hub refused the request ({_first_line(chain[0])}); {_TOKEN}"
+        return f"the hub refused the request ({first_line(chain[0])}); {_TOKEN}"
     if "HFValidationError" in names:
         return "neither a directory here nor a valid name on the hub; correct the path or the name"
     return None
@@ -54,5 +54,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without the rest of a long message."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

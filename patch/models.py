@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from patch import embedded
 from patch.artefacts import PatchError, checksum_tensors, read_json, write_json
-from patch.hub import hub_access
+from patch.hub import first_line, hub_access
 
 SCHEMA = "patch.model/1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,7 +46,10 @@ class PreparedModel:
     def read(cls, path: Path | str) -> PreparedModel:
         content = read_json(path, SCHEMA)
         content.pop("schema")
-        return cls(**content)
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise PatchError(f"{path}: not a complete description ({error}); prepare the model again.") from None
 
 
 def prepare_model(source: str, revision: str | None = None, dtype: str = "auto") -> PreparedModel:
@@ -70,13 +74,15 @@ def load_model(source: str, *, revision: str | None = None, dtype: str = "auto")
     Raises PatchError with the way out when it cannot be had.
     """
     path, revision, dtype = _resolve(source, revision, dtype)
-    with hub_access(f"model {source}"):
-        try:
+    try:
+        with hub_access(f"model {source}"):
             model = AutoModelForCausalLM.from_pretrained(
                 path, revision=revision, dtype=DTYPES.get(dtype, "auto"), attn_implementation="sdpa"
             )
-        except (ValueError, KeyError) as error:
-            raise PatchError(f"model {source}: transformers cannot load it as a causal LM ({error}).") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise PatchError(
+            f"model {source}: transformers cannot load it as a causal LM ({first_line(error)})."
+        ) from error
     model.requires_grad_(False)
     return model.eval()
 
@@ -84,8 +90,11 @@ def load_model(source: str, *, revision: str | None = None, dtype: str = "auto")
 def load_tokenizer(source: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model; `source` as in `load_model`."""
     path, revision, _ = _resolve(source, revision, "auto")
-    with hub_access(f"tokenizer of {source}"):
-        return AutoTokenizer.from_pretrained(path, revision=revision)
+    try:
+        with hub_access(f"tokenizer of {source}"):
+            return AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise PatchError(f"tokenizer of {source}: transformers cannot load it ({first_line(error)}).") from error
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

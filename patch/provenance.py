@@ -93,12 +93,25 @@ def _import_closure(modules: tuple[str, ...]) -> set[Path]:
             continue
         found.add(path)
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "patch":
-                candidates = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-                waiting.extend(p for name in candidates if (p := _module_path(name)))
+            waiting.extend(target for name in _imported(node, path) if (target := _module_path(name)))
         if path.name == "__init__.py" and path.parent != PACKAGE:
             waiting.extend(path.parent.glob("*.py"))
     return found
+
+
+def _imported(node: ast.AST, path: Path) -> list[str]:
+    """Absolute names of all modules of this package that an import statement in the file `path` may mean."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        module = node.module or ""
+        if node.level:
+            parents = path.relative_to(PACKAGE.parent).parts[: -node.level]
+            module = ".".join(["patch", *parents[1:], *([module] if module else [])])
+        names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+    else:
+        return []
+    return [name for name in names if name.split(".")[0] == "patch"]
 
 
 def _module_path(module: str) -> Path | None:

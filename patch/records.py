@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import resource
 import sys
 import time
@@ -58,6 +59,13 @@ class Record:
     """End of the stage, UTC, ISO 8601."""
 
     def write(self, directory: Path | str) -> None:
+        """Write `directory`/record.json. Raises PatchError for a metric that is NaN or infinite."""
+        for metric in self.metrics:
+            if not math.isfinite(metric.value):
+                raise PatchError(
+                    f"{directory}: {metric.name} of {metric.subject} is {metric.value}; the model's outputs are "
+                    "damaged or overflow, evaluate it in bfloat16 or float32."
+                )
         write_json(Path(directory) / "record.json", {"schema": SCHEMA, **asdict(self)})
 
     @classmethod

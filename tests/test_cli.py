@@ -103,6 +103,7 @@ def test_sparsegpt_options_reach_the_method(model_directory: Path, text_file: Pa
         (["--method", "magnitude", "--pattern", "3:5"], "64 inputs do not split into 5s"),
         (["--method", "magnitude", "--dtype", "float8"], "dtype 'float8': choose one of"),
         (["--method", "magnitude", "--pattern", "unstructured", "--sparsity", "120"], "--sparsity 120"),
+        (["--calibration", "nowhere.txt", "--sampling", "paked"], "sampling 'paked': choose one of windows"),
         (["--calibration", "nowhere.txt"], "text nowhere.txt: no such file"),
         (["--calibration", "c4"], "data set allenai/c4: not in the local cache"),
     ],

@@ -158,7 +158,8 @@ def test_fewer_windows_are_the_first_ones(source, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("sampling", "samples", "split"), [("windows", 4, "train"), ("packed", 4, "train"), ("joined", 4, "test")]
+    ("sampling", "samples", "split"),
+    [("windows", 4, "train"), ("packed", 4, "train"), ("joined", 4, "test"), ("joined", None, "test")],
 )
 def test_the_protocol_tells_how_the_tokens_came_about(source, tokenizer, sampling, samples, split):
     made = make_tokens(tokenizer, source, sampling=sampling, length=LENGTH, samples=samples, seed=0)
@@ -171,7 +172,8 @@ def test_the_protocol_tells_how_the_tokens_came_about(source, tokenizer, samplin
         "split": split,
         "sampling": sampling,
         "length": LENGTH,
-        "samples": samples,
+        "samples": samples or len(made.ids),
+        "complete": samples is None,
         "seed": 0,
         "tokenizer": tokenizer_checksum(tokenizer),
     }

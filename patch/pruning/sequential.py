@@ -235,7 +235,7 @@ def _block_arguments(
         model(input_ids=ids, use_cache=False)
     finally:
         for block in blocks:
-            del block.forward
+            vars(block).pop("forward", None)
     return [_to_device(item, device) for item in arguments], returns_tuple
 
 
@@ -253,8 +253,10 @@ def _to_device(value: Any, device: str) -> Any:
 def _on_device(block: nn.Module, device: str) -> Iterator[None]:
     home = next(block.parameters()).device
     block.to(device)
-    yield
-    block.to(home)
+    try:
+        yield
+    finally:
+        block.to(home)
 
 
 def _remove(hooks: list[Any]) -> None:

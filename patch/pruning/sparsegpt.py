@@ -96,6 +96,8 @@ def solve(weight_io: Tensor, factor: Tensor, pattern: Pattern, sparsity: float, 
     inputs after it; the inputs after the block get the block's corrections at once.
     """
     inputs, outputs = weight_io.shape
+    if pattern.kind == "n:m":  # a group never crosses the end of a block
+        block_size = -(-block_size // pattern.m) * pattern.m
     keep_io = torch.ones(inputs, outputs, dtype=torch.bool, device=weight_io.device)
     for start in range(0, inputs, block_size):
         end = min(start + block_size, inputs)

@@ -7,6 +7,7 @@ each of them is printed.
 
 from __future__ import annotations
 
+import html
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -87,7 +88,7 @@ def tasks(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_tables(runs: pd.DataFrame, directory: Path | str) -> list[Path]:
-    """Write every table of the report as NAME.csv, NAME.md and NAME.tex in `directory`; return the paths."""
+    """Write every table of the report as NAME.csv, .md, .tex and .html in `directory`; return the paths."""
     made: dict[str, Callable[[], pd.DataFrame]] = {
         "accuracy": lambda: accuracy(runs, load_accuracy()),
         "tasks": lambda: tasks(runs),
@@ -96,7 +97,7 @@ def write_tables(runs: pd.DataFrame, directory: Path | str) -> list[Path]:
 
 
 def write_table(table: pd.DataFrame, name: str, directory: Path | str) -> list[Path]:
-    """Write `table` as NAME.csv with all its columns in full precision, NAME.md and NAME.tex; return the paths.
+    """Write `table` as NAME.csv with all its columns in full precision, and readable as NAME.md, .tex and .html.
 
     NAME.tex is one booktabs `tabular`, to be \\input inside a table environment.
     """
@@ -105,7 +106,8 @@ def write_table(table: pd.DataFrame, name: str, directory: Path | str) -> list[P
         table.to_csv(temporary, index=False, float_format="%.10g")
     write_text(base.with_suffix(".md"), to_markdown(table))
     write_text(base.with_suffix(".tex"), to_latex(table))
-    return [base.with_suffix(suffix) for suffix in (".csv", ".md", ".tex")]
+    write_text(base.with_suffix(".html"), to_html(table, name))
+    return [base.with_suffix(suffix) for suffix in (".csv", ".md", ".tex", ".html")]
 
 
 def to_markdown(table: pd.DataFrame) -> str:
@@ -147,6 +149,31 @@ def to_latex(table: pd.DataFrame) -> str:
         lines += {"": [], "block": ["\\midrule"], "level": ["\\addlinespace"]}[gap]
         lines.append(" & ".join(show(cell) for cell in row) + " \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def to_html(table: pd.DataFrame, title: str) -> str:
+    """A page of its own, for the HTML report: readable on a narrow window too, where the table scrolls."""
+    layout = _layout(table)
+
+    def show(cell: _Cell, column: _Column) -> str:
+        text = html.escape(cell.text)
+        error = f"<small>{html.escape(cell.error)}</small>" if cell.error else ""
+        return f"<td{' class=number' if column.numeric else ''}>{f'<b>{text}</b>' if cell.best else text}{error}</td>"
+
+    heads = (f"<th{' class=number' if c.numeric else ''}>{html.escape(c.header)}</th>" for c in layout.columns)
+    lines = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>", _HTML_STYLE]
+    lines += [f"<div><table><thead><tr>{''.join(heads)}</tr></thead><tbody>"]
+    for row, gap in zip(layout.rows, layout.gaps, strict=True):
+        cells = "".join(show(cell, column) for cell, column in zip(row, layout.columns, strict=True))
+        lines.append(f"<tr{f' class={gap}' if gap else ''}>{cells}</tr>")
+    lines.append("</tbody></table></div>")
+    if layout.notes:
+        lines += [
+            f"<p>{_DASH} without a value:</p><ul>",
+            *(f"<li>{html.escape(n)}</li>" for n in layout.notes),
+            "</ul>",
+        ]
+    return "\n".join([*lines, "</html>"]) + "\n"
 
 
 def escape_latex(text: str) -> str:
@@ -361,3 +388,15 @@ _LATEX = {
     "+": r"$+$",
     "–": "--",
 }
+
+_HTML_STYLE = """<style>
+body { font: 15px/1.45 system-ui, sans-serif; color: #1b1b1b; margin: 1.5rem; }
+div { overflow-x: auto; }
+table { border-collapse: collapse; border-bottom: 1.5px solid #1b1b1b; white-space: nowrap; }
+thead th { border-block: 1.5px solid #1b1b1b; }
+th, td { padding: .3rem .7rem; text-align: left; font-variant-numeric: tabular-nums; }
+.number { text-align: right; }
+tr.level td { border-top: 1px solid #c8c8c8; }
+tr.block td { border-top: 1.5px solid #1b1b1b; }
+small { color: #666; }
+</style>"""

@@ -68,6 +68,8 @@ class LinearMask:
         Raises ValueError where the mask does not follow the pattern.
         """
         shape = (keep_mask.shape[0], keep_mask.shape[1])
+        if pattern.m and shape[1] % pattern.m:
+            raise ValueError(f"{shape[1]} inputs do not split into {pattern.m}s")
         values = None if new_weight is None else new_weight[keep_mask]
         if not _uses_codes(pattern):
             mask = cls(pattern, shape, pack_bits(keep_mask), None, values)
@@ -197,12 +199,14 @@ class MaskSet:
         linears = {}
         for name, layer in metadata["linears"].items():
             pattern = Pattern.parse(layer["pattern"])
+            packed = tensors.get(f"{name}.{'codes' if _uses_codes(pattern) else 'keep'}")
+            if packed is None:
+                raise PatchError(
+                    f"{path}: layer {name}: its mask is not in the file; delete it and run its stage again."
+                )
+            shape = (layer["shape"][0], layer["shape"][1])
             linears[name] = LinearMask(
-                pattern,
-                (layer["shape"][0], layer["shape"][1]),
-                tensors[f"{name}.{'codes' if _uses_codes(pattern) else 'keep'}"],
-                tensors.get(f"{name}.tiles"),
-                tensors.get(f"{name}.values"),
+                pattern, shape, packed, tensors.get(f"{name}.tiles"), tensors.get(f"{name}.values")
             )
         masks = cls(linears, metadata["base_fingerprint"], metadata["recipe"], checksum)
         masks._verify(path)
@@ -254,7 +258,7 @@ def fingerprint(linears: Mapping[str, nn.Linear], samples: int = 256) -> str:
         weight = linears[name].weight.detach()
         digest.update(f"{name} {tuple(weight.shape)};".encode())
         every = max(1, weight.numel() // samples)
-        sampled = weight.flatten()[::every].to(torch.bfloat16).cpu()
+        sampled = weight.flatten()[::every].to(torch.bfloat16).cpu().contiguous()
         digest.update(sampled.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -86,7 +86,8 @@ def keep_n_of_m(scores: Tensor, n: int, m: int, dim: int = 1) -> Tensor:
 
     entries = scores.unflatten(dim, (-1, m)).unbind(dim + 1)
     # rank of each entry in its group, by m(m-1)/2 comparisons: much faster than sorting groups of 4
-    ranks = [torch.zeros_like(entry, dtype=torch.uint8) for entry in entries]
+    dtype = torch.uint8 if m <= 256 else torch.int32
+    ranks = [torch.zeros_like(entry, dtype=dtype) for entry in entries]
     for later in range(1, m):
         for earlier in range(later):
             later_wins = entries[later] >= entries[earlier]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,10 @@ def read_release(path: Path | str, tile: tuple[int, int] = (128, 128)) -> MaskSe
     Raises PatchError for a file that is not in this format.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ValueError("one array instead of an archive of them")
+        with loaded as archive:
             names = [key for key in archive.files if f"{key}.__shape__" in archive.files]
             meta = json.loads(str(archive["__meta__"])) if "__meta__" in archive.files else {}
             masks = {}
@@ -34,7 +38,9 @@ def read_release(path: Path | str, tile: tuple[int, int] = (128, 128)) -> MaskSe
                 rows, columns = (int(size) for size in archive[f"{key}.__shape__"])
                 bits = np.unpackbits(archive[key])[: rows * columns].astype(bool)
                 masks[key.removesuffix(".weight")] = _classify(torch.from_numpy(bits.reshape(rows, columns)), tile)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            if not isinstance(meta, dict):
+                raise ValueError("its __meta__ is not a JSON object")
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise PatchError(f"{path}: not a mask.npz of the official release ({error}).") from None
     if not masks:
         raise PatchError(f"{path}: holds no masks (no key with a .__shape__ beside it).")

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from patch.collect import COLUMNS
-from patch.methods import METHODS
 from patch.experiments import TASKS
+from patch.methods import METHODS
 
 BASE = {
     ("qwen", "dense"): (12.30, 46.0),

@@ -62,11 +62,11 @@ def test_perplexity_protocol(change: dict, same: bool) -> None:
 def test_unrecorded_protocol_is_never_compared() -> None:
     assert not same_perplexity_protocol({})
     assert not same_tasks_protocol({})
-    assert not same_tasks_protocol(dict.fromkeys(TASKS, {}))
+    assert not same_tasks_protocol({task: {} for task in TASKS})
 
 
 def test_tasks_protocol_needs_all_tasks_and_questions() -> None:
     assert same_tasks_protocol(dict.fromkeys(TASKS, HUB))
     assert not same_tasks_protocol(dict.fromkeys(TASKS[1:], HUB))
     assert not same_tasks_protocol({**dict.fromkeys(TASKS, HUB), "race": {**HUB, "limit": 100}})
-    assert not same_tasks_protocol(dict.fromkeys(TASKS, {**HUB, "source": "embedded"}))
+    assert not same_tasks_protocol({task: {**HUB, "source": "embedded"} for task in TASKS})

@@ -10,12 +10,12 @@ import pytest
 from rich.console import Console
 
 from patch.reporting.published import load_accuracy
-from patch.reporting.summary import scores
 from patch.reporting.tables import (
     accuracy,
     escape_latex,
     render_terminal,
     tasks,
+    to_html,
     to_latex,
     to_markdown,
     write_table,
@@ -78,19 +78,12 @@ def test_other_protocols_and_models_have_no_published_columns(runs: pd.DataFrame
     small = accuracy(runs[runs["model"] == "tiny_1"], published)
     assert not [name for name in small if name.endswith((".published", ".delta"))]
     limited = runs.copy()
-    limited.loc[limited["subject"] == "race", "samples"] = 100
-    limited.loc[limited["subject"] == "wikitext2", "samples"] = 146
+    of_race, of_wikitext = limited["subject"] == "race", limited["subject"] == "wikitext2"
+    limited.loc[of_race, "protocol"] = limited.loc[of_race, "protocol"].str.replace("null", "100")
+    limited.loc[of_wikitext, "protocol"] = limited.loc[of_wikitext, "protocol"].str.replace("4096", "2048")
     assert not [name for name in accuracy(limited, published) if name.endswith((".published", ".delta"))]
     variant = runs.assign(variant="other")
     assert not [name for name in accuracy(variant, published) if name.endswith(".delta")]
-
-
-def test_mmlu_questions_are_counted_over_its_subjects(runs: pd.DataFrame) -> None:
-    runs = runs.copy()
-    runs.loc[runs["subject"] == "mmlu", "samples"] = pd.NA
-    runs.loc[runs["subject"] == "mmlu_anatomy", "samples"] = 14042
-    found = scores(runs)
-    assert (found.loc[found["subject"] == "mmlu", "samples"] == 14042).all()
 
 
 def test_a_cell_that_lacks_a_task_has_no_mean(runs: pd.DataFrame) -> None:
@@ -180,8 +173,8 @@ def test_special_characters_stay_in_their_cell(runs: pd.DataFrame) -> None:
 def test_files_are_written_whole_and_the_same_twice(runs: pd.DataFrame, tmp_path: Path) -> None:
     paths = write_tables(runs, tmp_path / "tables")
     assert sorted(path.name for path in paths) == [
-        "accuracy.csv", "accuracy.md", "accuracy.tex", "tasks.csv", "tasks.md", "tasks.tex",
-    ]  # fmt: skip
+        f"{name}.{form}" for name in ("accuracy", "tasks") for form in ("csv", "html", "md", "tex")
+    ]
     assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == sorted(path.name for path in paths)
     before = [path.read_bytes() for path in paths]
     assert [path.read_bytes() for path in write_tables(runs, tmp_path / "tables")] == before
@@ -205,3 +198,12 @@ def test_terminal(runs: pd.DataFrame) -> None:
     text = console.export_text()
     assert "44.00 ± 0.44" in text
     assert "unstructured" in text
+
+
+def test_html_is_a_page_with_the_numbers_escaped_and_the_best_marked(runs: pd.DataFrame) -> None:
+    page = to_html(accuracy(runs), "Quality <of> all")
+    assert page.startswith("<!doctype html>")
+    assert "<title>Quality &lt;of&gt; all</title>" in page
+    assert page.count("<tr") == 1 + len(accuracy(runs))
+    assert "<b>36.00</b>" in page
+    assert "nan" not in page.lower()

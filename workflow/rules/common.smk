@@ -34,15 +34,24 @@ GPUS = int(
     or (EXPERIMENT.device == "auto" and shutil.which("nvidia-smi") is not None)
 )
 
-TABLES = [
-    f"{RUN}/tables/{name}.{form}"
-    for name in ("accuracy", "tasks")
-    for form in ("csv", "md", "tex")
-]
+TABLE_NAMES = ["accuracy", "tasks"]
+TABLES = expand(
+    f"{RUN}/tables/{{name}}.{{form}}",
+    name=TABLE_NAMES,
+    form=["csv", "md", "tex", "html"],
+)
 FIGURE_NAMES = ["perplexity_vs_sparsity", "accuracy_vs_sparsity", "sparsity_by_layer"]
-FIGURES = [
-    f"{RUN}/figures/{name}.{form}" for name in FIGURE_NAMES for form in ("pdf", "png")
-]
+FIGURES = expand(
+    f"{RUN}/figures/{{name}}.{{form}}", name=FIGURE_NAMES, form=["pdf", "png"]
+)
+# As the HTML report lists them.
+TITLES = {
+    "accuracy": "Perplexity and mean accuracy",
+    "tasks": "Accuracy by task",
+    "perplexity_vs_sparsity": "Perplexity against sparsity",
+    "accuracy_vs_sparsity": "Accuracy against sparsity",
+    "sparsity_by_layer": "Sparsity by layer",
+}
 
 if workflow.is_main_process:
     logger.info(f"{EXPERIMENT.name}: {GRID.summary()}")

@@ -10,7 +10,20 @@ rule tables:
     input:
         f"{RUN}/runs.parquet",
     output:
-        TABLES,
+        expand(
+            f"{RUN}/tables/{{name}}.{{form}}",
+            name=TABLE_NAMES,
+            form=["csv", "md", "tex"],
+        ),
+        *[
+            report(
+                f"{RUN}/tables/{name}.html",
+                caption=f"../report/{name}.rst",
+                category="1. Tables",
+                labels={"table": TITLES[name]},
+            )
+            for name in TABLE_NAMES
+        ],
     log:
         f"{LOGS}/tables.log",
     benchmark:
@@ -18,8 +31,8 @@ rule tables:
     conda:
         ENVIRONMENT
     params:
-        code=code_hash("report"),
         directory=subpath(output[0], parent=True),
+        code=code_hash("report"),
     shell:
         "python -m patch tables {input} --output {params.directory} > {log} 2>&1"
 
@@ -28,7 +41,16 @@ rule figures:
     input:
         f"{RUN}/runs.parquet",
     output:
-        FIGURES,
+        expand(f"{RUN}/figures/{{name}}.pdf", name=FIGURE_NAMES),
+        *[
+            report(
+                f"{RUN}/figures/{name}.png",
+                caption=f"../report/{name}.rst",
+                category="2. Figures",
+                labels={"figure": TITLES[name]},
+            )
+            for name in FIGURE_NAMES
+        ],
     log:
         f"{LOGS}/figures.log",
     benchmark:
@@ -36,7 +58,7 @@ rule figures:
     conda:
         ENVIRONMENT
     params:
-        code=code_hash("report"),
         directory=subpath(output[0], parent=True),
+        code=code_hash("report"),
     shell:
         "python -m patch figures {input} --output {params.directory} > {log} 2>&1"

@@ -1,0 +1,121 @@
+"""The whole flow through Snakemake on a tiny model: interrupted, resumed, reported, and rerun only where needed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from patch.collect import read_runs
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def project(model_directory: Path, documents: list[str], tmp_path: Path) -> Path:
+    """A working directory with a config for a tiny model and a text file."""
+    (tmp_path / "text.txt").write_text("\n\n".join(documents))
+    config = {
+        "name": "tiny",
+        "models": {"tiny": {"source": str(model_directory), "dtype": "float32"}},
+        "grid": [{"methods": ["dense", "magnitude", "wanda"]}],
+        "calibration": {"source": str(tmp_path / "text.txt"), "sampling": "packed", "samples": 4, "length": 16},
+        "evaluation": {
+            "perplexity": {"own": {"source": str(tmp_path / "text.txt"), "length": 16, "windows": 6}},
+            "tasks": None,
+        },
+        "device": "cpu",
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def command(project: Path, *arguments: str) -> list[str]:
+    flags = ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(project), "--rerun-incomplete"]
+    return [sys.executable, "-m", "snakemake", *arguments, *flags, "--configfile", str(project / "tiny.yaml")]
+
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(project, *arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=600, cwd=project
+    )
+
+
+def planned(project: Path) -> set[str]:
+    """Rules that a dry-run would run now."""
+    output = run(project, "all", "--dry-run", "--quiet", "reason").stdout
+    return {line.split()[1].rstrip(":") for line in output.splitlines() if line.startswith(("rule ", "localrule "))}
+
+
+def test_interrupted_grid_resumes_and_reruns_only_what_changed(project: Path) -> None:
+    # Ctrl-C: the signal goes to the whole foreground process group.
+    grid = subprocess.Popen(
+        command(project, "all", "--cores", "2"), env=ENVIRONMENT, cwd=project, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not list(project.glob("results/tiny/tiny/*/*/prune/record.json")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+    second = run(project, "all", "--cores", "1")
+    assert second.returncode != 0
+    assert "cannot be locked" in second.stderr
+
+    os.killpg(grid.pid, signal.SIGINT)
+    grid.communicate(timeout=120)
+    assert grid.returncode != 0
+    assert not (project / "results/tiny/runs.parquet").exists()
+    finished = {path: path.stat().st_mtime_ns for path in project.glob("results/tiny/tiny/*/*/prune/record.json")}
+    assert finished
+
+    resumed = run(project, "all", "--cores", "2")
+    assert resumed.returncode == 0, resumed.stderr
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished  # not computed again
+
+    check_results(project)
+    assert planned(project) == set()
+
+    report = run(project, "--report", str(project / "report.html"))
+    assert report.returncode == 0, report.stderr
+    assert "Perplexity and mean accuracy" in (project / "report.html").read_text()
+
+    config = yaml.safe_load((project / "tiny.yaml").read_text())
+    change(project, {**config, "description": "other words", "threads": 2})
+    assert planned(project) == set()
+    change(project, {**config, "methods": {"wanda": {"shift_zero_metrics": True}}})
+    assert planned(project) == {"prune", "evaluate", "collect", "tables", "figures", "mlflow", "all"}
+    change(project, {**config, "evaluation": {**config["evaluation"], "perplexity": {
+        "own": {**config["evaluation"]["perplexity"]["own"], "windows": 5}}}})  # fmt: skip
+    assert planned(project) == {"prepare_text", "evaluate", "collect", "tables", "figures", "mlflow", "all"}
+
+
+def change(project: Path, config: dict) -> None:
+    (project / "tiny.yaml").write_text(yaml.safe_dump(config))
+
+
+def check_results(project: Path) -> None:
+    results = project / "results/tiny"
+    runs = read_runs(results / "runs.parquet")
+    assert set(runs["cell"]) == {"tiny/dense", "tiny/magnitude/50-2of4", "tiny/wanda/50-2of4"}
+    assert set(runs["status"]) == {"done"}
+    perplexities = runs[runs["metric"] == "perplexity"]
+    assert len(perplexities) == 3
+    assert (perplexities["samples"] == 6).all()
+    pruned = runs[(runs["subject"] == "model") & (runs["metric"] == "sparsity")]
+    assert list(pruned["value"]) == [0.5, 0.5]
+    assert pd.read_csv(results / "runs.csv").shape == runs.shape
+    record = json.loads((results / "tiny/wanda/50-2of4/evaluate/record.json").read_text())
+    assert record["protocol"]["own"]["length"] == 16
+    assert record["provenance"]["versions"]["torch"]
+    assert (results / "tables/accuracy.tex").read_text().startswith("\\begin{tabular}")
+    assert (results / "figures/perplexity_vs_sparsity.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((results / "mlflow.json").read_text())["new"] >= 3
