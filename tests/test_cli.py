@@ -173,7 +173,7 @@ def test_full_disk_leaves_nothing_half_written(model_directory: Path, tmp_path: 
         timeout=120,
     )
     assert "no space left to write it; nothing was changed" in error_line(done)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_second_run_in_the_same_directory_is_refused(model_directory: Path, tmp_path: Path) -> None:

@@ -36,6 +36,6 @@ def test_embedded_questions_have_their_published_counts() -> None:
 
     library = TaskLibrary(list(embedded.TASKS), "embedded")
     loaded = library.manager.load_task_or_group(["hellaswag", "piqa", "winogrande", "openbookqa"])
-    tasks = loaded["tasks"] if "tasks" in loaded else loaded
+    tasks = loaded.get("tasks", loaded)
     counts = {str(name): len(task.validation_docs()) for name, task in tasks.items()}
     assert counts == {"hellaswag": 10042, "piqa": 1838, "winogrande": 1267, "openbookqa": 500}
