@@ -16,7 +16,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: demo run dry-run report show test lint docs install clean help
+.PHONY: demo run unlock dry-run report show test lint docs install clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -34,11 +34,15 @@ run: $(VENV)/.installed
 	@echo "Tables:     $(RUN)/tables/    Figures: $(RUN)/figures/    Runs: $(RUN)/runs.csv"
 	@echo "MLflow UI:  $(BIN)/mlflow ui --backend-store-uri sqlite:///results/mlflow.db --host 127.0.0.1"
 
+# After a run that was killed the hard way: Snakemake's lock on this folder stays behind.
+unlock: $(VENV)/.installed
+	@snakemake --configfile $(CONFIG) --unlock
+
 dry-run: $(VENV)/.installed
 	@snakemake --dry-run --configfile $(CONFIG)
 
 test: $(VENV)/.installed-test
-	pytest
+	pytest -n auto
 
 lint: $(VENV)/.installed-test
 	ruff check .
