@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORES ?= all
 CONFIG ?= workflow/config/demo.yaml
+# Jobs that may share a GPU at a time. The demo's model is small; large ones want the GPU for themselves.
+GPU_JOBS ?= 1
 RUN = results/$(shell $(BIN)/patch-llm config name --config $(CONFIG))
 
 # The PyTorch to install where there is none yet. `make demo TORCH=...` takes any pip requirement and options.
@@ -24,10 +26,11 @@ help:
 	@echo "make run CONFIG=workflow/config/….yaml    run another grid; make dry-run CONFIG=… shows it"
 	@echo "make lint    ruff, mypy, snakefmt, snakemake --lint;   make docs    regenerate schema and key list"
 
+demo: GPU_JOBS = 4
 demo: run
 
 run: $(VENV)/.installed
-	@snakemake --configfile $(CONFIG) --cores $(CORES) --resources gpu=1 --rerun-incomplete --logger patch
+	@snakemake --configfile $(CONFIG) --cores $(CORES) --resources gpu=$(GPU_JOBS) --rerun-incomplete --logger patch
 	@snakemake --configfile $(CONFIG) --report $(RUN)/report.html --quiet all 2>/dev/null
 	@patch-llm show $(RUN)/runs.parquet
 	@echo "Report:     $(RUN)/report.html"

@@ -350,12 +350,13 @@ def config_docs(
 def main() -> None:
     """Run the command line; errors that a person can mend end in one line."""
     # Before any library reads them: no progress bars in logs, no network for telemetry.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "lm_eval", "datasets", "fsspec", "filelock", "matplotlib", "fontTools", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    for name in ("httpx", "lm_eval", "datasets", "fsspec", "filelock", "matplotlib", "fontTools", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except PatchError as error:

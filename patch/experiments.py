@@ -160,7 +160,9 @@ class Experiment(Closed):
     only: Selection = Selection()
     """Run only this part of the grid, e.g. --config 'only={methods: [dense, wanda]}'."""
     calibration: Calibration = Calibration()
+    """Text that one-shot methods look at."""
     evaluation: Evaluation = Evaluation()
+    """Texts and tasks that every cell is measured on."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where jobs compute; auto takes a GPU where there is one."""
     threads: int = Field(1, gt=0)

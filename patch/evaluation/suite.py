@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from patch.evaluation.perplexity import perplexity
 from patch.evaluation.result import Result
 from patch.evaluation.zeroshot import TaskLibrary, zero_shot
 from patch.experiments import Tasks
-from patch.models import content_checksum
+from patch.models import content_checksum, tokenizer_checksum
 from patch.progress import track
 from patch.provenance import code_hash
 
@@ -35,25 +36,19 @@ def evaluate_model(
     and code, so a second call, after an interruption or for another grid, repeats nothing and mixes nothing.
     """
     weights = content_checksum(model)
-    todo: list[tuple[str, Any, Callable[[], Result]]] = [
-        (name, tokens.checksum, lambda name=name, tokens=tokens: perplexity(model, name, tokens))  # type: ignore[misc]
-        for name, tokens in texts.items()
-    ]
+    todo: list[tuple[str, Any, Callable[[], Result]]] = []
+    for name, tokens in texts.items():
+        todo.append((name, tokens.checksum, partial(perplexity, model, name, tokens)))
     if tasks is not None and tasks.names:
         library = TaskLibrary(list(tasks.names), tasks.source)
+        words = tokenizer_checksum(tokenizer)
         for task in tasks.names:
             limit = tasks.limits.get(task, tasks.limit)
-            settings = [tasks.source, limit, tasks.batch_size]
-            todo.append(
-                (
-                    task,
-                    settings,
-                    lambda task=task, limit=limit: zero_shot(model, tokenizer, library, task, limit, tasks.batch_size),  # type: ignore[misc]
-                )
-            )
+            settings = [tasks.source, limit, tasks.batch_size, words]
+            todo.append((task, settings, partial(zero_shot, model, tokenizer, library, task, limit, tasks.batch_size)))
     results = {}
     for name, settings, measure in track(todo, "text or task", log):
-        key = checksum_json([str(model.dtype), settings, code_hash("evaluate")])[:16]
+        key = checksum_json([str(model.dtype), model.device.type, settings, code_hash("evaluate")])[:16]
         path = state / weights[:16] / f"{name}-{key}.json"
         if path.exists():
             log.info("%s: taken from an earlier run", name)

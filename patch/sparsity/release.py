@@ -6,6 +6,7 @@ under `__meta__`. The format does not say which pattern a layer follows, so read
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zipfile
 import zlib
@@ -17,7 +18,7 @@ import torch
 from patch.artefacts import PatchError, atomic_path
 from patch.sparsity.maskset import LinearMask, MaskSet
 from patch.sparsity.patterns import Pattern
-from patch.sparsity.tiles import expand, tile_sums
+from patch.sparsity.tiles import tile_sums
 
 
 def read_release(path: Path | str, tile: tuple[int, int] = (128, 128)) -> MaskSet:
@@ -59,17 +60,12 @@ def write_release(masks: MaskSet, path: Path | str) -> None:
 
 
 def _classify(keep_mask: torch.Tensor, tile: tuple[int, int]) -> LinearMask:
-    for pattern in (Pattern("n:m", 2, 4), Pattern("tiles", 2, 4, tile)):
-        if keep_mask.shape[1] % 4:
-            break
-        all_kept = torch.ones_like(keep_mask)
-        dense_tiles = tile_sums(keep_mask, tile) == tile_sums(all_kept, tile)
-        try:
-            if pattern.kind == "tiles" and not expand(dense_tiles, tuple(keep_mask.shape), tile).any():  # type: ignore[arg-type]
-                break
-            return LinearMask.from_keep_mask(
-                keep_mask, pattern, dense_tiles=dense_tiles if pattern.kind == "tiles" else None
-            )
-        except ValueError:
-            continue
+    """The strictest pattern that the mask follows exactly: 2:4, then tiles, then unstructured."""
+    if keep_mask.shape[1] % 4 == 0:
+        with contextlib.suppress(ValueError):
+            return LinearMask.from_keep_mask(keep_mask, Pattern("n:m", 2, 4))
+        dense_tiles = tile_sums(keep_mask, tile) == tile_sums(torch.ones_like(keep_mask), tile)
+        if dense_tiles.any():
+            with contextlib.suppress(ValueError):
+                return LinearMask.from_keep_mask(keep_mask, Pattern("tiles", 2, 4, tile), dense_tiles=dense_tiles)
     return LinearMask.from_keep_mask(keep_mask, Pattern("unstructured"))
