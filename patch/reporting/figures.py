@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CHANCE_OF_EIGHT = 31.25
-"""Mean accuracy, percent, of guessing on the paper's eight tasks (five with four answers, three with 25 or 50 %)."""
+"""Mean accuracy, percent, of guessing on the paper's eight tasks: six have four answers, two have two."""
 
 COLUMN = 3.3
 """Width of a paper's column, inches."""
