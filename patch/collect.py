@@ -43,7 +43,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "protocol": ("string", "how the subject was measured, as JSON"),
     "date": ("string", "UTC, end of the stage"),
     "commit": ("string", "of the checkout that computed it"),
-    "dirty": ("boolean", "whether that checkout had changes"),
+    "dirty": ("boolean", "whether that checkout had changes; missing outside a checkout"),
     "gpu": ("string", "GPU model, none on a CPU"),
     "cpu": ("string", "CPU model"),
     "torch": ("string", "version"),

@@ -42,9 +42,10 @@ def provenance() -> dict[str, Any]:
     """Commit, versions, machine and accelerator of this process, for a record."""
     import torch
 
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "commit": commit(),
-        "dirty": _git("status", "--porcelain", "--untracked-files=no") not in ("", None),
+        "dirty": None if changes is None else changes != "",
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -265,10 +264,8 @@ def test_a_second_process_is_refused_until_the_first_is_gone_even_if_killed(tmp_
     )
     try:
         assert holder.stdout.readline() == "held\n"
-        started = time.monotonic()
         with pytest.raises(PatchError, match="another run is writing here"), exclusive(tmp_path):
             pass
-        assert time.monotonic() - started < 5
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.communicate()

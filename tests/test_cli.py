@@ -21,7 +21,7 @@ def patch_llm(*arguments: object, cwd: Path | None = None, **environment: str) -
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
 
 
@@ -170,7 +170,7 @@ def test_full_disk_leaves_nothing_half_written(model_directory: Path, tmp_path: 
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     assert "no space left to write it; nothing was changed" in error_line(done)
     assert not list((tmp_path / "out").iterdir())

@@ -251,7 +251,7 @@ def snakemake(folder, *arguments):
 
 def test_a_good_run(tmp_path):
     process = snakemake(tmp_path, "--cores", "2", "--config", "seconds=1.5")
-    lines = process.communicate(timeout=60)[1].splitlines()
+    lines = process.communicate(timeout=600)[1].splitlines()
     assert process.returncode == 0, lines
     assert lines[:2] == ["grid: 2 cells", "3 jobs: 2 prune, 1 collect"]
     assert sum(line.startswith("[0/3]  prune ") and line.endswith("started") for line in lines) == 2
@@ -264,7 +264,7 @@ def test_a_good_run(tmp_path):
 
 def test_a_failing_run_shows_the_reason(tmp_path):
     process = snakemake(tmp_path, "--cores", "1", "--keep-going", "--config", "bad=tiny/wanda/50-2of4")
-    lines = process.communicate(timeout=60)[1].splitlines()
+    lines = process.communicate(timeout=600)[1].splitlines()
     assert process.returncode == 1
     failed = next(i for i, line in enumerate(lines) if "failed after" in line)
     assert "prune    tiny/wanda/50-2of4" in lines[failed]
@@ -284,18 +284,18 @@ def test_an_interrupted_run_and_its_lock(tmp_path):
         while "started" not in (line := first.stderr.readline()):
             assert line, "the run ended before its first job started"
         second = snakemake(tmp_path, "--cores", "1")
-        lines = second.communicate(timeout=60)[1].splitlines()
+        lines = second.communicate(timeout=600)[1].splitlines()
         assert second.returncode == 1
         assert lines[-1].startswith("error: another run is working in this folder")
     finally:
         os.killpg(first.pid, signal.SIGINT)  # what Ctrl-C sends: to Snakemake and to its jobs
-        lines = first.communicate(timeout=60)[1].splitlines()
+        lines = first.communicate(timeout=600)[1].splitlines()
     assert any(line.startswith("stopped after") and "0 of 3 jobs done" in line for line in lines), lines
 
 
 def test_a_dry_run_is_snakemakes_own(tmp_path):
     process = snakemake(tmp_path, "--dry-run")
-    printed = process.communicate(timeout=60)[0]
+    printed = process.communicate(timeout=600)[0]
     assert process.returncode == 0
     assert "Job stats:" in printed
     assert printed.count("reason: Missing output files") == 3
