@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 PARAMETERS = ["model", "source", "method", "pattern", "sparsity", "variant", "seed"]
 TAGS = ["cell", "commit", "dirty", "gpu", "cpu", "torch", "transformers", "lm_eval"]
 _OF_STAGE = ["wall_s", "gpu_s", "peak_memory_gib", "peak_gpu_memory_gib"]
+# Without it MLflow 3's UI takes the experiment for one of traces and prompts, and hides metrics and comparisons.
+_TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
 log = logging.getLogger(__name__)
 
 
@@ -182,7 +184,7 @@ def _experiment(client: MlflowClient, name: str, uri: str) -> str:
         database = _database(uri)
         folder = None if database is None else (database.parent / "mlflow-artifacts" / name).resolve().as_uri()
         try:
-            return str(client.create_experiment(name, artifact_location=folder))
+            return str(client.create_experiment(name, artifact_location=folder, tags=_TRAINING_VIEW))
         except MlflowException:
             found = client.get_experiment_by_name(name)  # another writer was faster
             if found is None:
