@@ -31,7 +31,7 @@ demo: run
 
 run: $(VENV)/.installed
 	@snakemake --configfile $(CONFIG) --cores $(CORES) --resources gpu=$(GPU_JOBS) --rerun-incomplete --logger patch
-	@snakemake --configfile $(CONFIG) --report $(RUN)/report.html --quiet all 2>/dev/null
+	@snakemake --configfile $(CONFIG) --report $(RUN)/report.html --quiet all
 	@patch-llm show $(RUN)/runs.parquet
 	@echo "Report:     $(RUN)/report.html"
 	@echo "Tables:     $(RUN)/tables/    Figures: $(RUN)/figures/    Runs: $(RUN)/runs.csv"
