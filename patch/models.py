@@ -6,7 +6,6 @@ structure, so embeddings and the head, which lie outside them, are never touched
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from patch.hub import first_line, hub_access
 
 SCHEMA = "patch.model/1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

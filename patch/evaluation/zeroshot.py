@@ -6,7 +6,6 @@ standard errors. Nothing is cached by the harness itself: its cache does not kno
 
 from __future__ import annotations
 
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ _FOLDERS = {
     "race": "race",
     "hellaswag": "hellaswag",
 }
-log = logging.getLogger(__name__)
 
 
 class TaskLibrary:
