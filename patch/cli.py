@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,8 @@ from patch.artefacts import PatchError, exclusive, write_json, write_text
 
 if TYPE_CHECKING:
     from patch.data import TokenSet
+    from patch.records import Metric
+    from patch.sparsity.maskset import MaskSet
 
 log = logging.getLogger("patch")
 
@@ -31,7 +34,9 @@ app = typer.Typer(
 )
 prepare = typer.Typer(help="Bring models, tokens and questions to this machine.", no_args_is_help=True)
 config = typer.Typer(help="Look at config files.", no_args_is_help=True)
+benchmark = typer.Typer(help="Time things beside their peers, on this machine.", no_args_is_help=True)
 app.add_typer(prepare, name="prepare")
+app.add_typer(benchmark, name="benchmark")
 app.add_typer(config, name="config")
 
 Model = Annotated[
@@ -74,17 +79,31 @@ def prepare_model(
 @prepare.command("tokens")
 def prepare_tokens(
     model: Model,
-    source: Annotated[str, typer.Option(help="c4, wikitext2, slimpajama, embedded:c4, embedded:wikipedia, or a file.")],
+    source: Annotated[
+        str, typer.Option(help="c4, wikitext2, slimpajama, embedded:c4, embedded:wikipedia, self, or a file.")
+    ],
     output: Annotated[Path, typer.Option(help="File to write, .safetensors.")],
     sampling: Sampling = "windows",
     length: Length = 2048,
     samples: Samples = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draw; none for text in order.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences sampled together, for `self`.", min=1)] = 256,
+    device: Device = "auto",
 ) -> None:
-    """Tokenise text once, so that every method sees the same tokens."""
-    from patch.data import make_tokens
-    from patch.models import load_tokenizer
+    """Tokenise text once, so that every method sees the same tokens; `--source self` samples it from the model."""
+    from patch.data import generate_tokens, make_tokens
+    from patch.models import load_model, load_tokenizer
 
+    if source == "self":
+        if samples is None:
+            raise PatchError("--source self: say with --samples how many sequences to sample.")
+        loaded = load_model(model).to(_device(device))  # type: ignore[arg-type]
+        bos = load_tokenizer(model).bos_token_id
+        sampled = generate_tokens(
+            loaded, samples=samples, length=length, seed=seed or 0, batch_size=batch_size, bos=bos
+        )
+        sampled.save(output)
+        return
     tokens = make_tokens(load_tokenizer(model), source, sampling=sampling, length=length, samples=samples, seed=seed)
     tokens.save(output)
 
@@ -136,7 +155,7 @@ def prune(
     from patch.methods import make_method
     from patch.models import load_model
     from patch.pruning import prune_model
-    from patch.records import Metric, recording
+    from patch.records import recording
     from patch.sparsity.patterns import Pattern
 
     chosen = make_method(method, _options(option or []))
@@ -168,11 +187,110 @@ def prune(
             masks.recipe = {**arguments, "calibration": tokens.protocol if tokens else None}
             record.outputs["mask.safetensors"] = masks.save(output / "mask.safetensors")
             record.inputs["model"] = masks.base_fingerprint or ""
-            record.metrics = [
-                Metric("model", "sparsity", masks.sparsity, samples=sum(m.size for m in masks.linears.values())),
-                *(Metric(name, "sparsity", m.sparsity, samples=m.size) for name, m in masks.linears.items()),
-            ]
+            record.metrics = _sparsity_metrics(masks)
         log.info("%s: %.2f %% of the prunable weights are 0", output / "mask.safetensors", 100 * masks.sparsity)
+
+
+@app.command()
+def learn(
+    model: Model,
+    output: Output,
+    training: Annotated[str, typer.Option(help="Token file of `prepare tokens`, or a text source such as slimpajama.")],
+    method: Annotated[str, typer.Option(help="maskllm, patch_joint or patch_tile.")] = "patch_joint",
+    pattern: Annotated[str, typer.Option(help="2:4 for maskllm, tiles:HEIGHTxWIDTH for the others.")] = "tiles:128x128",
+    sparsity: Annotated[float, typer.Option(help="Percent to prune, 0 to 50; 2:4 fixes it.")] = 45.0,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="A hyper-parameter, NAME=VALUE; repeat for more.")
+    ] = None,
+    pattern_mask: Annotated[
+        Path | None, typer.Option(help="2:4 mask of `prune` or `learn`: prior of the patterns, or what is frozen.")
+    ] = None,
+    reference_mask: Annotated[
+        Path | None, typer.Option(help="Unstructured mask of `prune` at the target sparsity: prior of the tiles.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="How often the training text may be read.", min=1)] = 1,
+    length: Annotated[int, typer.Option(help="Tokens per sequence, for text sources.", min=2)] = 4096,
+    seed: Seed = 0,
+    state: Annotated[
+        Path | None, typer.Option(help="Directory for saved states; default: state/ in the output directory.")
+    ] = None,
+    shard: Annotated[bool, typer.Option(help="Under torchrun: split weights and logits over the processes.")] = False,
+    wandb: Annotated[str | None, typer.Option(help="Weights & Biases project to log curves to.")] = None,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    key: Key = "",
+) -> None:
+    """Learn a mask: write mask.safetensors (a MaskSet), curves.parquet and record.json into the output directory.
+
+    An interrupted run goes on from its last state. Several GPUs: `torchrun --nproc-per-node 4 -m patch learn ...`
+    computes the same as one, faster. The priors are masks of `patch-llm prune`: 2:4, and unstructured at the target.
+    """
+    import pandas as pd
+
+    from patch.artefacts import atomic_path
+    from patch.learning import Stopped, distributed, learn_masks
+    from patch.learning.curves import observer
+    from patch.methods import Learned, make_method
+    from patch.models import load_model
+    from patch.records import Metric, recording
+    from patch.sparsity.maskset import MaskSet
+    from patch.sparsity.patterns import Pattern
+
+    chosen = make_method(method, _options(option or []))
+    if not isinstance(chosen, Learned):
+        raise PatchError(f"method {method!r}: does not learn; use `patch-llm prune`.")
+    parsed = Pattern.parse(pattern)
+    fixed = parsed.fixed_sparsity
+    share = fixed if fixed is not None else sparsity / 100
+    parsed.check_sparsity(share)
+    _use_threads(threads)
+    with distributed.process_group(_device(device)) as where, distributed.only_main(exclusive, output):
+        arguments = {
+            "model": model,
+            "revision": revision,
+            "dtype": dtype,
+            "method": method,
+            "options": chosen.model_dump(mode="json"),
+            "pattern": str(parsed),
+            "sparsity": 100 * share,
+            "seed": seed,
+            "epochs": epochs,
+            "processes": distributed.world_size(),
+        }
+        states = (state or output / "state") / (key or "by-hand")
+        with distributed.only_main(recording, "learn", key, arguments, output) as record:
+            loaded = load_model(model, revision=revision, dtype=dtype)
+            paths = {"pattern": pattern_mask, "reference": reference_mask}
+            priors = {role: MaskSet.load(path) for role, path in paths.items() if path}
+            tokens = _tokens(training, model, revision, "packed", chosen.steps * chosen.batch_size, length, None)
+            try:
+                with observer(wandb, arguments) as observe:
+                    learned = learn_masks(
+                        loaded, chosen, parsed, share, tokens, priors, seed=seed, epochs=epochs, device=where,
+                        state=states, key=key, sharded=shard, observe=observe,
+                    )  # fmt: skip
+            except Stopped as stopped:
+                _fail(f"{stopped}; the same command goes on from there.", 128 + stopped.signal)
+            if record is not None:
+                masks, curves = learned.masks, pd.DataFrame(learned.curves)
+                masks.recipe = {**arguments, "training": tokens.protocol}
+                with atomic_path(output / "curves.parquet") as temporary:
+                    curves.to_parquet(temporary, index=False)
+                record.inputs = {"model": masks.base_fingerprint or "", "training": tokens.checksum}
+                record.inputs |= {role: prior.checksum for role, prior in priors.items()}
+                record.protocol["training"] = tokens.protocol
+                record.outputs["mask.safetensors"] = masks.save(output / "mask.safetensors")
+                last = curves.tail(max(1, len(curves) // 20))
+                record.metrics = [
+                    *_sparsity_metrics(masks),
+                    Metric("model", "train_cross_entropy", float(last["cross_entropy"].mean()), samples=len(last)),
+                    Metric("model", "tokens_per_second", float(curves["tokens_per_second"].median())),
+                ]
+        if distributed.is_main():
+            shutil.rmtree(states, ignore_errors=True)
+            log.info("%s: %.2f %% of the prunable weights are 0", output / "mask.safetensors", 100 * masks.sparsity)
 
 
 @app.command()
@@ -255,17 +373,21 @@ def evaluate(
 @app.command()
 def collect(
     config: Configs,
-    output: Annotated[Path, typer.Option(help="Runs table to write, .parquet; a .csv comes beside it.")],
+    output: Annotated[Path, typer.Option(help="Runs table to write, .parquet; .csv and curves come beside it.")],
     override: Override = "{}",
     results: Annotated[Path, typer.Option(help="Directory that holds the experiment's folder.")] = Path("results"),
 ) -> None:
-    """Gather the records of an experiment into one tidy table. Cells that are not finished are listed as missing."""
+    """Gather the records of an experiment into one tidy table, and the curves of learned cells into another.
+
+    Cells that are not finished are listed as missing.
+    """
     from patch import collect as collecting
     from patch.experiments import load_experiment
 
     experiment = load_experiment(config, json.loads(override))
     table = collecting.collect(experiment, results)
     collecting.write_runs(table, output)
+    collecting.write_curves(collecting.collect_curves(experiment, results), output)
     write_json(output.with_name("experiment.json"), experiment.model_dump(mode="json"))
     counts = table.drop_duplicates("cell")["status"].value_counts()
     log.info("%s: %s", output, ", ".join(f"{number} cells {status}" for status, number in counts.items()))
@@ -284,10 +406,10 @@ def tables(runs: Runs, output: Output) -> None:
 @app.command()
 def figures(runs: Runs, output: Output) -> None:
     """Draw every figure as PDF and PNG."""
-    from patch.collect import read_runs
+    from patch.collect import read_curves, read_runs
     from patch.reporting.figures import write_figures
 
-    for path in write_figures(read_runs(runs), output):
+    for path in write_figures(read_runs(runs), read_curves(runs), output):
         log.info("%s", path)
 
 
@@ -299,10 +421,10 @@ def mlflow(
     output: Annotated[Path | None, typer.Option(help="File to write: what was done.")] = None,
 ) -> None:
     """Write the runs table to MLflow. Doing it again changes nothing; changed results replace old ones."""
-    from patch.collect import read_runs
+    from patch.collect import read_curves, read_runs
     from patch.reporting.tracking import track
 
-    counts = track(read_runs(runs), uri, artifact or [])
+    counts = track(read_runs(runs), read_curves(runs), uri, artifact or [])
     log.info("%s: %s", uri, ", ".join(f"{number} runs {what}" for what, number in counts.items()))
     if output:
         write_json(output, {"uri": uri, **counts})
@@ -318,6 +440,28 @@ def show(runs: Runs) -> None:
     from patch.reporting.tables import accuracy, render_terminal
 
     Console().print(render_terminal(accuracy(read_runs(runs), load_accuracy())))
+
+
+@benchmark.command("learning")
+def benchmark_learning(
+    output: Annotated[Path, typer.Option(help="CSV file to add rows to.")],
+    shape: Annotated[list[str], typer.Option(help="qwen2.5-0.5b, llama-3.2-1b or llama-2-7b; repeat for more.")],
+    mode: Annotated[str, typer.Option(help="maskllm, patch_joint or patch_tile.")] = "patch_joint",
+    setting: Annotated[list[str] | None, typer.Option(help="fast, lean or default; repeat for more.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the one sequence in a step.", min=2)] = 4096,
+    micro_batches: Annotated[int, typer.Option(help="Sequences per optimiser step.", min=1)] = 1,
+    official: Annotated[Path | None, typer.Option(help="Checkout of Paramathic/patch to time too.")] = None,
+) -> None:
+    """Cost of a mask-learning step: ours, the official code's, and a dense step without masks."""
+    import pandas as pd
+
+    from patch.benchmarking.learning import measure
+
+    for name in shape:
+        for row in measure(name, mode, setting or ["fast", "lean"], tokens, official, micro_batches):
+            before = pd.read_csv(output) if output.exists() else pd.DataFrame()
+            write_text(output, pd.concat([before, pd.DataFrame([row])]).to_csv(index=False))
+            log.info("%s", ", ".join(f"{key} {value}" for key, value in row.items()))
 
 
 @config.command("check")
@@ -376,6 +520,17 @@ def main() -> None:
 def _fail(message: str, code: int = 1) -> None:
     typer.echo(f"patch-llm: error: {' '.join(message.split())}", err=True)
     sys.exit(code)
+
+
+def _sparsity_metrics(masks: MaskSet) -> list[Metric]:
+    """Realised sparsity of the model and of every layer."""
+    from patch.records import Metric
+
+    sizes = {name: mask.size for name, mask in masks.linears.items()}
+    return [
+        Metric("model", "sparsity", masks.sparsity, samples=sum(sizes.values())),
+        *(Metric(name, "sparsity", mask.sparsity, samples=sizes[name]) for name, mask in masks.linears.items()),
+    ]
 
 
 def _device(name: str) -> str:

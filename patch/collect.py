@@ -1,24 +1,25 @@
-"""All records of an experiment as one tidy table, the runs table. Everything downstream reads only that.
+"""All results of an experiment as two tidy tables. Everything downstream reads only these.
 
-One row per metric. Cells without a finished record have one row that says so in `status` and `reason`.
+The runs table has one row per metric; cells without a finished record have one row that says so in `status` and
+`reason`. The table of curves has one row per optimiser step of every learned cell.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from patch.artefacts import PatchError, atomic_path
-from patch.experiments import Cell, Experiment
+from patch.experiments import Cell, Experiment, Stage
 from patch.methods import METHODS
 from patch.records import Record
 
-# column: (dtype, meaning)
+# Columns: (dtype, meaning).
 COLUMNS: dict[str, tuple[str, str]] = {
     "run": ("string", "experiment"),
     "cell": ("string", "path of the cell below results/RUN"),
@@ -34,9 +35,9 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "seed": ("Int64", "seed of the cell"),
     "status": ("string", "done, missing or excluded"),
     "reason": ("string", "why a cell is not done"),
-    "stage": ("string", "prune or evaluate"),
+    "stage": ("string", "prune, learn or evaluate"),
     "subject": ("string", "data set, task, layer, or model"),
-    "metric": ("string", "perplexity, acc, acc_norm, sparsity, wall_s, ..."),
+    "metric": ("string", "perplexity, acc, acc_norm, sparsity, train_cross_entropy, wall_s, ..."),
     "value": ("Float64", "in the metric's unit; accuracies and sparsities are shares of 1"),
     "stderr": ("Float64", "standard error of value"),
     "samples": ("Int64", "items behind the value"),
@@ -50,6 +51,26 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "transformers": ("string", "version"),
     "lm_eval": ("string", "version"),
 }
+IDENTITY = ("run", "cell", "cell_hash", "model", "source", "method", "title", "pattern", "sparsity", "variant", "seed")
+"""The columns that say which cell a row belongs to."""
+STEP_COLUMNS: dict[str, tuple[str, str]] = {
+    "step": ("Int64", "optimiser step, from 1"),
+    "loss": ("Float64", "cross_entropy + density_loss - the weighted norm_ratio"),
+    "cross_entropy": ("Float64", "nats per predicted token"),
+    "density": ("Float64", "share of the weights that the sampled masks keep"),
+    "density_loss": ("Float64", "weighted distance of the density from its target"),
+    "norm_ratio": ("Float64", "norm of what the masks keep, in the form that the method's norm_form names"),
+    "pattern_temperature": ("Float64", "of the 2:4 logits; missing, as the next, where none are learned"),
+    "pattern_scale": ("Float64", "of the 2:4 logits"),
+    "tile_temperature": ("Float64", "of the tile logits; missing, as the next, where none are learned"),
+    "tile_scale": ("Float64", "of the tile logits"),
+    "learning_rate": ("Float64", "of the step"),
+    "gradient_norm": ("Float64", "of all logits together, before clipping"),
+    "tokens_per_second": ("Float64", "over all GPUs"),
+    "wall_s": ("Float64", "seconds that the step took"),
+}
+CURVE_COLUMNS = {name: COLUMNS[name] for name in IDENTITY} | STEP_COLUMNS
+CURVES = "curves.parquet"
 log = logging.getLogger(__name__)
 
 
@@ -71,42 +92,85 @@ def collect(experiment: Experiment, results: Path | str) -> pd.DataFrame:
     return table.astype({name: dtype for name, (dtype, _) in COLUMNS.items()})
 
 
+def collect_curves(experiment: Experiment, results: Path | str) -> pd.DataFrame:
+    """Read the curves of all cells of `experiment` whose mask was learned, by the settings and code of now."""
+    tables = []
+    for cell in experiment.cells():
+        directory = Path(results) / experiment.name / cell.path
+        if cell.mask_stage != "learn":
+            continue
+        try:
+            _record(cell, directory, "learn")
+        except PatchError:  # `collect` says so
+            continue
+        tables.append(_cell_curves(cell, directory / "learn" / CURVES))
+    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(CURVE_COLUMNS))
+    return table.astype({name: dtype for name, (dtype, _) in CURVE_COLUMNS.items()})
+
+
 def write_runs(table: pd.DataFrame, parquet: Path | str) -> None:
     """Write the runs table as Parquet and, beside it, as CSV."""
-    parquet = Path(parquet)
-    with atomic_path(parquet) as temporary:
-        table.to_parquet(temporary, index=False)
-    with atomic_path(parquet.with_suffix(".csv")) as temporary:
+    with atomic_path(Path(parquet).with_suffix(".csv")) as temporary:
         table.to_csv(temporary, index=False)
+    _write(table, parquet)
+
+
+def write_curves(table: pd.DataFrame, runs: Path | str) -> None:
+    """Write the curves as curves.parquet beside the runs table `runs`."""
+    _write(table, Path(runs).with_name(CURVES))
 
 
 def read_runs(path: Path | str) -> pd.DataFrame:
     """Read a runs table. Raises PatchError when it is missing or of another layout."""
+    return _read(Path(path), COLUMNS)
+
+
+def read_curves(runs: Path | str) -> pd.DataFrame:
+    """Read the curves beside the runs table `runs`. Raises PatchError when they are missing or of another layout."""
+    return _read(Path(runs).with_name(CURVES), CURVE_COLUMNS)
+
+
+def _write(table: pd.DataFrame, parquet: Path | str) -> None:
+    with atomic_path(parquet) as temporary:
+        table.to_parquet(temporary, index=False)
+
+
+def _read(path: Path, columns: Mapping[str, Any]) -> pd.DataFrame:
     try:
         table = pd.read_parquet(path)
     except FileNotFoundError:
         raise PatchError(f"{path}: no such file; run the stage `collect` first.") from None
     except (OSError, ValueError) as error:
         raise PatchError(f"{path}: not a Parquet file ({error}); collect again.") from None
-    if list(table.columns) != list(COLUMNS):
-        raise PatchError(f"{path}: its columns are not those of this version's runs table; collect again.")
+    if list(table.columns) != list(columns):
+        raise PatchError(f"{path}: its columns are not those of this version; collect again.")
     return table
 
 
 def _cell_rows(cell: Cell, directory: Path) -> list[dict[str, Any]]:
-    stages = ("evaluate",) if cell.method == "dense" else ("prune", "evaluate")
-    records = []
-    for stage in stages:
-        try:
-            record = Record.read(directory / stage)
-        except PatchError as error:
-            reason = str(error) if cell.runs else f"{METHODS[cell.method].title} cannot be run by this version"
-            return [{**_identity(cell), "status": "missing", "reason": reason}]
-        if record.key != cell.key(stage):  # type: ignore[arg-type]
-            reason = f"{directory / stage}: made by other settings or code; run the stage again"
-            return [{**_identity(cell), "status": "missing", "reason": reason}]
-        records.append(record)
+    stages: list[Stage] = [cell.mask_stage, "evaluate"] if cell.mask_stage else ["evaluate"]
+    try:
+        records = [_record(cell, directory, stage) for stage in stages]
+    except PatchError as error:
+        reason = str(error) if cell.runs else f"{METHODS[cell.method].title} cannot be run by this version"
+        return [{**_identity(cell), "status": "missing", "reason": reason}]
     return [row for record in records for row in _record_rows(cell, record, _realised(records))]
+
+
+def _cell_curves(cell: Cell, path: Path) -> pd.DataFrame:
+    table = pd.read_parquet(path, columns=list(STEP_COLUMNS))
+    # Schedules of logits that the method does not have say nothing.
+    schedules = [name for name in STEP_COLUMNS if name.startswith(("pattern_", "tile_"))]
+    table[[name for name in schedules if name not in cell.options]] = float("nan")
+    return table.assign(**_identity(cell))[list(CURVE_COLUMNS)]
+
+
+def _record(cell: Cell, directory: Path, stage: Stage) -> Record:
+    """Raises PatchError when it is missing or not of the cell's settings and code."""
+    record = Record.read(directory / stage)
+    if record.key != cell.key(stage):
+        raise PatchError(f"{directory / stage}: made by other settings or code; run the stage again")
+    return record
 
 
 def _record_rows(cell: Cell, record: Record, realised: float) -> Iterator[dict[str, Any]]:

@@ -9,28 +9,35 @@ Documented sampling, one per purpose (sources: WANDA `lib/data.py`, SLIM `slim/d
   within batches of 1000 documents, the tail of each batch dropped).
 * "joined" (perplexity): join all documents with a blank line, tokenise once, cut into blocks in order and
   drop the remainder, so only the first block holds a BOS token.
+* "generated" (training where there is no other text): what the dense model itself writes, `generate_tokens`.
+
+Large sources stay on disk: documents are read in batches, and packing needs no more memory than its result.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from patch import embedded
 from patch.artefacts import PatchError, checksum_tensors, read_tensors, write_tensors
 from patch.hub import first_line, hub_access
-from patch.models import tokenizer_checksum
+from patch.models import content_checksum, tokenizer_checksum, vocabulary_size
+from patch.progress import track
 
 SCHEMA = "patch.tokens/1"
+SELF = "self"
+"""The source of text that the dense model writes."""
 PACKING_BATCH = 1000
 log = logging.getLogger(__name__)
 
@@ -71,7 +78,8 @@ class TokenSet:
     """int32 [sequences, length]"""
     protocol: dict[str, Any]
     """source, revision, split, sampling, length, samples, complete (all that the text holds), seed, tokenizer
-    (checksum), bos."""
+    (checksum), bos; of generated text source, sampling, length, samples, seed, batch_size, model (checksum), dtype,
+    device, bos."""
 
     def save(self, path: Path | str) -> str:
         """Write atomically; returns the checksum of the ids."""
@@ -79,7 +87,10 @@ class TokenSet:
 
     @classmethod
     def load(cls, path: Path | str) -> TokenSet:
-        """Raises PatchError for a missing, truncated, altered or foreign file."""
+        """The ids stay in the file and are read from there when they are used, so processes share them.
+
+        Raises PatchError for a missing, truncated, altered or foreign file.
+        """
         tensors, protocol, _ = read_tensors(path, SCHEMA)
         return cls(tensors["ids"], protocol)
 
@@ -139,8 +150,54 @@ def make_tokens(
     return TokenSet(ids, protocol)
 
 
-def read_documents(source: str, split: str) -> tuple[list[str], str | None]:
-    """The documents of a source in their order, and the revision of its data set on the hub, if it is there."""
+@torch.no_grad()
+def generate_tokens(
+    model: PreTrainedModel, *, samples: int, length: int, seed: int, batch_size: int, bos: int | None
+) -> TokenSet:
+    """Let the model write `samples` sequences of `length` tokens, on the device where it is.
+
+    Every token is drawn from the model's own distribution (temperature 1, nothing cut off). A sequence starts with
+    the token `bos`, or where that is None with one that is drawn evenly from the vocabulary. The end-of-text token
+    ends nothing: what the model writes after it is another document, as in packed text.
+    batch_size: sequences written at a time; other sizes give other text. The same on the same kind of device.
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    ids = torch.empty(samples, length, dtype=torch.int32)
+    for batch in track(ids.split(batch_size), "writing text, batch", log):
+        low, high = (0, vocabulary_size(model)) if bos is None else (bos, bos + 1)
+        first = torch.randint(low, high, (len(batch), 1), generator=generator, device=model.device)
+        batch.copy_(_continued(model, first, length, generator))
+    protocol = {
+        "source": SELF,
+        "sampling": "generated",
+        "length": length,
+        "samples": samples,
+        "seed": seed,
+        "batch_size": batch_size,
+        "model": content_checksum(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "bos": bos is not None,
+    }
+    return TokenSet(ids, protocol)
+
+
+def _continued(model: PreTrainedModel, first: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    """int64 [batch, length] that starts with the tokens `first`, [batch, 1]."""
+    tokens, cache = [first], None
+    while len(tokens) < length:
+        output = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        shares = output.logits[:, -1].float().softmax(dim=-1)
+        tokens.append(torch.multinomial(shares, 1, generator=generator))
+    return torch.cat(tokens, dim=1)
+
+
+def read_documents(source: str, split: str) -> tuple[Sequence[str], str | None]:
+    """The documents of a source in their order, and the revision of its data set on the hub, if it is there.
+
+    Those of the hub stay on disk and are read when they are asked for.
+    """
     if source.startswith(embedded.PREFIX):
         return embedded.documents(source, split), None
     if source in HUB_TEXTS:
@@ -162,7 +219,7 @@ def read_documents(source: str, split: str) -> tuple[list[str], str | None]:
         ) from None
 
 
-def _hub_documents(text: HubText) -> tuple[list[str], str | None]:
+def _hub_documents(text: HubText) -> tuple[Sequence[str], str | None]:
     import datasets
     from huggingface_hub import HfApi
 
@@ -179,7 +236,7 @@ def _hub_documents(text: HubText) -> tuple[list[str], str | None]:
             revision = HfApi().dataset_info(text.repository).sha
         except Exception:  # offline, from the cache: the data are what they are, their revision is not known
             revision = None
-    return list(loaded[text.column]), revision
+    return loaded[text.column], revision
 
 
 def _file_documents(path: Path) -> list[str]:
@@ -195,7 +252,7 @@ def _file_documents(path: Path) -> list[str]:
 
 
 def _windows(
-    tokenizer: PreTrainedTokenizerBase, documents: list[str], length: int, samples: int | None, seed: int | None
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int, samples: int | None, seed: int | None
 ) -> Tensor:
     if samples is None:
         raise PatchError("sampling 'windows' draws with replacement and needs the number of samples.")
@@ -216,26 +273,36 @@ def _windows(
 
 
 def _packed(
-    tokenizer: PreTrainedTokenizerBase, documents: list[str], length: int, samples: int | None, seed: int | None
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int, samples: int | None, seed: int | None
 ) -> Tensor:
-    blocks: list[list[int]] = []
+    blocks: Iterable[Tensor] = _blocks(tokenizer, documents, length)
+    if seed is not None or samples is None:
+        blocks = every = list(blocks)
+        samples = samples or len(every)
+        if seed is not None:
+            random.Random(seed).shuffle(every)
+    ids = torch.empty(samples, length, dtype=torch.int32)
+    count = 0
+    for block in track(itertools.islice(blocks, samples), "packing, sequence", log, total=samples):
+        ids[count] = block
+        count += 1
+    return ids[:count]
+
+
+def _blocks(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int) -> Iterator[Tensor]:
+    """Blocks of packed documents in order, int32 [length] each, without the tail of every batch of documents."""
     for batch in _batches(documents, PACKING_BATCH):
-        ids = [token for text in tokenizer(batch).input_ids for token in text]
-        blocks.extend(ids[start : start + length] for start in range(0, len(ids) - length + 1, length))
-        if seed is None and samples is not None and len(blocks) >= samples:
-            break
-    if seed is not None:
-        random.Random(seed).shuffle(blocks)
-    return torch.tensor(blocks[:samples], dtype=torch.int32).reshape(-1, length)
+        ids = torch.tensor([token for text in tokenizer(batch).input_ids for token in text], dtype=torch.int32)
+        yield from ids[: len(ids) // length * length].view(-1, length)
 
 
 def _joined(
-    tokenizer: PreTrainedTokenizerBase, documents: list[str], length: int, samples: int | None, seed: int | None
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int, samples: int | None, seed: int | None
 ) -> Tensor:
     ids = torch.tensor(tokenizer("\n\n".join(documents)).input_ids, dtype=torch.int32)
     return ids[: len(ids) // length * length].view(-1, length)[:samples]
 
 
-def _batches(items: list[str], size: int) -> Iterator[list[str]]:
+def _batches(items: Sequence[str], size: int) -> Iterator[list[str]]:
     for start in range(0, len(items), size):
-        yield items[start : start + size]
+        yield list(items[start : start + size])

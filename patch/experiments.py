@@ -8,24 +8,26 @@ layer may name another to start from with `extends`. Unknown keys are errors.
 
 from __future__ import annotations
 
-import difflib
-import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from patch.artefacts import PatchError, checksum_json
-from patch.methods import METHODS, MethodName
+from patch.config_errors import Layers, explain, nearest, origin
+from patch.methods import METHODS, Learned, Method, MethodName
 from patch.provenance import code_hash
 from patch.sparsity.patterns import Pattern
 
 TASKS = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa", "race", "hellaswag")
 """The paper's eight zero-shot tasks, in the order of its tables."""
 
+
+Stage = Literal["prune", "learn", "evaluate"]
+"""The stages of a cell: one that makes its mask, and one that measures."""
 
 # Names of models and variants are folders of the results; "seed-N" is taken.
 Folder = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
@@ -44,6 +46,8 @@ class ModelSource(Closed):
     """Commit, tag or branch on the hub; None for its newest."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of weights and activations; "auto" is the one the model was saved in."""
+    methods: dict[MethodName, dict[str, Any]] = {}
+    """Hyper-parameters for this model only, over those of the experiment's `methods`."""
 
 
 class Calibration(Closed):
@@ -58,6 +62,29 @@ class Calibration(Closed):
     """Number of sequences."""
     length: int = Field(2048, gt=1)
     """Tokens per sequence."""
+
+
+class Training(Closed):
+    """Text that masks are learned on: packed, read in blocks. Defaults: 2.1 B tokens of SlimPajama, as in PATCH."""
+
+    source: str = "slimpajama"
+    """As in calibration, or "self" for text that the dense model itself writes, where there is no other."""
+    samples: int = Field(512_000, gt=0)
+    """Number of sequences."""
+    length: int = Field(4096, gt=1)
+    """Tokens per sequence."""
+    seed: int = 0
+    """Of the text that "self" writes, and of nothing else."""
+    batch_size: int = Field(256, gt=0)
+    """Sequences that "self" writes at a time; other sizes give other text. On a GPU speed grows with it, and so does
+    the memory for the attention's cache."""
+    epochs: int = Field(1, gt=0)
+    """How often the text may be read; a run that needs more is an error."""
+
+    @property
+    def generated(self) -> bool:
+        """Whether the dense model writes the text, which computes, where other text is only tokenised."""
+        return self.source == "self"
 
 
 class PerplexityText(Closed):
@@ -100,7 +127,7 @@ class GridBlock(Closed):
 
     methods: tuple[MethodName, ...]
     patterns: tuple[str, ...] = ("2:4",)
-    """dense, unstructured, N:M or tiles:HEIGHTxWIDTH."""
+    """dense, unstructured, N:M or tiles:HEIGHTxWIDTH; a WIDTH of K stands for all inputs of a layer."""
     sparsities: tuple[Annotated[float, Field(ge=0, lt=100)], ...] = ()
     """Targets in percent, for patterns that do not fix it."""
     variants: tuple[str, ...] = ("default",)
@@ -152,7 +179,8 @@ class Experiment(Closed):
     seeds: tuple[int, ...] = (0,)
     """Seeds of everything random in a cell, calibration sampling included; an axis of the grid."""
     methods: dict[MethodName, dict[str, Any]] = {}
-    """Hyper-parameters that differ from the methods' defaults, for all cells."""
+    """Hyper-parameters that differ from the methods' defaults, for all models; one-shot masks that others learn from
+    are made with them, too."""
     variants: dict[Folder, dict[MethodName, dict[str, Any]]] = {}
     """Named hyper-parameter sets: variant, then method, then values; other methods skip the variant."""
     exclude: tuple[Exclusion, ...] = ()
@@ -161,6 +189,8 @@ class Experiment(Closed):
     """Run only this part of the grid, e.g. --config 'only={methods: [dense, wanda]}'."""
     calibration: Calibration = Calibration()
     """Text that one-shot methods look at."""
+    training: Training = Training()
+    """Text that masks are learned on."""
     evaluation: Evaluation = Evaluation()
     """Texts and tasks that every cell is measured on."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -177,15 +207,17 @@ class Experiment(Closed):
     def expand(self) -> Grid:
         """Expand the grid. Raises PatchError for cells that contradict themselves or each other."""
         grid = Grid([], [])
-        seen: dict[str, Cell] = {}
+        folders: dict[str, Cell] = {}
+        asked: set[str] = set()
         for cell in self._product():
             if not self.only.matches(cell):
                 continue
-            if cell.path in seen:  # asked for by two blocks
-                if cell != seen[cell.path]:
-                    raise PatchError(f"experiment {self.name}: two different cells would share the folder {cell.path}.")
+            for part in cell.with_prerequisites():
+                if folders.setdefault(part.path, part) != part:
+                    raise PatchError(f"experiment {self.name}: two different cells would share the folder {part.path}.")
+            if cell.path in asked:  # by two blocks
                 continue
-            seen[cell.path] = cell
+            asked.add(cell.path)
             reason = next((rule.reason for rule in self.exclude if rule.matches(cell)), None)
             if reason is not None:
                 grid.excluded.append((cell, reason))
@@ -195,34 +227,54 @@ class Experiment(Closed):
             raise PatchError(f"experiment {self.name}: no cell is left to run; check `grid`, `exclude` and `only`.")
         return grid
 
-    def _product(self) -> Iterable[Cell]:
-        for name, source in self.models.items():
+    def _product(self) -> Iterator[Cell]:
+        for model in self.models:
             for block in self.grid:
-                if block.models is not None and name not in block.models:
+                if block.models is not None and model not in block.models:
                     continue
                 for method, pattern, sparsity, variant in _block_product(self, block):
                     for seed in self.seeds if method != "dense" else self.seeds[:1]:
-                        yield self._cell(name, source, method, pattern, sparsity, variant, seed)
+                        yield self._cell(model, method, pattern, sparsity, variant, seed)
 
     def _cell(
-        self, name: str, source: ModelSource, method: str, pattern: str, sparsity: float, variant: str, seed: int
+        self, model: str, method: MethodName, pattern: str, sparsity: float, variant: str = "default", seed: int = 0
     ) -> Cell:
-        options: dict[str, Any] = dict(self.methods.get(method, {}))  # type: ignore[call-overload]
+        options = self.methods.get(method, {}) | self.models[model].methods.get(method, {})
         if variant != "default":
-            options |= self.variants[variant][method]  # type: ignore[index]
+            options |= self.variants[variant][method]
+        try:
+            chosen = METHODS[method](**options)
+        except ValidationError as error:  # every part is right by itself, see `_check_references`
+            raise PatchError(
+                f"experiment {self.name}: {method}, variant {variant}, model {model}: {error.errors()[0]['msg']}."
+            ) from None
+        if isinstance(chosen, Learned):
+            self._check_training(method, chosen)
         return Cell(
             run=self.name,
-            model=name,
-            source=source,
+            model=model,
+            source=self.models[model],
             method=method,
-            options=METHODS[method](**options).model_dump(),
+            options=chosen.model_dump(),
             pattern=pattern,
             sparsity=sparsity,
             variant=variant,
             seed=seed,
-            calibration=self.calibration if METHODS[method].uses_calibration else None,
+            calibration=self.calibration if chosen.uses_calibration else None,
+            training=self.training if chosen.learned else None,
+            prerequisites={
+                role: self._cell(model, *other, seed=seed) for role, other in _prerequisites(chosen, sparsity).items()
+            },
             evaluation=self.evaluation,
         )
+
+    def _check_training(self, name: str, method: Learned) -> None:
+        needed, there = method.steps * method.batch_size, self.training.samples * self.training.epochs
+        if needed > there:
+            raise PatchError(
+                f"experiment {self.name}: {name} reads {needed} sequences (steps x batch_size), the training text has "
+                f"{there} (samples x epochs); lower its `steps`, or raise `training.samples` or `training.epochs`."
+            )
 
 
 class Cell(Closed):
@@ -239,6 +291,12 @@ class Cell(Closed):
     variant: str
     seed: int
     calibration: Calibration | None
+    """None for methods that look at no text, and for learned ones."""
+    training: Training | None
+    """None for all but learned methods."""
+    prerequisites: dict[str, Cell]
+    """The cells whose masks learning starts from, by role: "pattern", a 2:4 mask, and "reference", an unstructured one
+    of the same sparsity. They are as the grid would hold them: same seed, the experiment's options, no variant."""
     evaluation: Evaluation
 
     @property
@@ -258,23 +316,39 @@ class Cell(Closed):
         """False for methods that this version lists but cannot run."""
         return METHODS[self.method].runs
 
-    def key(self, stage: Literal["prune", "evaluate"]) -> str:
-        """Hash of everything that determines the numbers of a stage: settings, and the code of the stage."""
-        content = {
-            "code": code_hash("prune"),
-            "model": self.source.model_dump(),
-            "method": self.method,
-            "options": self.options,
-            "pattern": self.pattern,
-            "sparsity": self.sparsity,
-            "seed": self.seed,
-            "calibration": self.calibration.model_dump() if self.calibration else None,
-        }
+    @property
+    def mask_stage(self) -> Literal["prune", "learn"] | None:
+        """The stage that makes the cell's mask; None for the dense model."""
+        if self.method == "dense":
+            return None
+        return "learn" if METHODS[self.method].learned else "prune"
+
+    def with_prerequisites(self) -> Iterator[Cell]:
+        """All cells whose masks this one starts from, directly or not, then the cell itself."""
+        for cell in self.prerequisites.values():
+            yield from cell.with_prerequisites()
+        yield self
+
+    def key(self, stage: Stage) -> str:
+        """Hash of everything that determines the numbers of a stage: settings, code, and the masks it starts from."""
+        content: dict[str, Any] = {"code": code_hash(stage), "model": self.source.model_dump(exclude={"methods"})}
         if stage == "evaluate":
-            content = {
-                "prune": checksum_json(content),
+            content |= {
+                "mask": self.key(self.mask_stage) if self.mask_stage else None,
                 "evaluation": self.evaluation.model_dump(),
-                "code": code_hash("evaluate"),
+            }
+        else:
+            content |= {
+                "method": self.method,
+                "options": self.options,
+                "pattern": self.pattern,
+                "sparsity": self.sparsity,
+                "seed": self.seed,
+                "calibration": self.calibration.model_dump() if self.calibration else None,
+                "training": self.training.model_dump() if self.training else None,
+                "prerequisites": {
+                    role: cell.key(cell.mask_stage) for role, cell in self.prerequisites.items() if cell.mask_stage
+                },
             }
         return checksum_json(content)[:16]
 
@@ -292,8 +366,15 @@ class Grid:
     excluded: list[tuple[Cell, str]]
     """Cells that exclusion rules left out, with the reason."""
 
+    @property
+    def prerequisites(self) -> list[Cell]:
+        """Cells outside the grid whose masks learning starts from: only their mask is made."""
+        measured = {cell.path for cell in self.cells}
+        needed = {part.path: part for cell in self.cells for part in cell.with_prerequisites()}
+        return [cell for path, cell in needed.items() if path not in measured]
+
     def summary(self) -> str:
-        """Counts per model and method, exclusions with their reasons, and what cannot run yet, as text."""
+        """Counts per model and method, what cannot run yet, prerequisites, exclusions with their reasons; as text."""
         models = list(dict.fromkeys(cell.model for cell in self.cells))
         methods = list(dict.fromkeys(cell.method for cell in self.cells))
         lines = [f"{_count(self.cells, 'cell')} of {_count(models, 'model')} and {_count(methods, 'method')}"]
@@ -302,6 +383,8 @@ class Grid:
             levels = list(dict.fromkeys(cell.path.split("/")[2] for cell in of_method if cell.method != "dense"))
             note = "" if of_method[0].runs else "   (listed, not yet runnable)"
             lines.append(f"  {METHODS[method].title:12} {len(of_method):4}  {', '.join(levels)}{note}".rstrip())
+        if self.prerequisites:
+            lines.append(f"  only to learn from: {', '.join(cell.path for cell in self.prerequisites)}")
         reasons: dict[str, list[str]] = {}
         for cell, reason in self.excluded:
             reasons.setdefault(reason, []).append(cell.path)
@@ -315,7 +398,7 @@ def load_experiment(files: Sequence[Path | str], overrides: Mapping[str, Any] | 
     overrides: a last layer, e.g. from the command line.
     Raises PatchError that names the key, the file it stands in, and the nearest valid key.
     """
-    layers: list[tuple[str, dict[str, Any]]] = []
+    layers: Layers = []
     for file in files:
         layers += _read_layers(Path(file), [])
     if overrides:
@@ -327,7 +410,7 @@ def load_experiment(files: Sequence[Path | str], overrides: Mapping[str, Any] | 
     try:
         experiment = Experiment.model_validate(merged)
     except ValidationError as error:
-        raise PatchError(_explain(error, Experiment, layers)) from None
+        raise PatchError(explain(error, Experiment, layers)) from None
     _check_references(experiment, layers)
     return experiment
 
@@ -344,7 +427,8 @@ def options_markdown() -> str:
     """Every key of a config with its default and meaning, and every method's options, as Markdown."""
     lines = ["# Config keys", "", "Generated from `patch/experiments.py` and `patch/methods.py`; do not edit.", ""]
     sections: list[type[BaseModel]] = [
-        Experiment, ModelSource, GridBlock, Selection, Exclusion, Calibration, Evaluation, PerplexityText, Tasks,
+        Experiment, ModelSource, GridBlock, Selection, Exclusion, Calibration, Training, Evaluation, PerplexityText,
+        Tasks,
     ]  # fmt: skip
     for model in sections:
         lines += [f"## {model.__name__}", "", _first_sentence(model), "", *_options_table(model)]
@@ -358,14 +442,14 @@ def _count(items: Sequence[Any], noun: str) -> str:
     return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
 
 
-def _block_product(experiment: Experiment, block: GridBlock) -> Iterable[tuple[str, str, float, str]]:
+def _block_product(experiment: Experiment, block: GridBlock) -> Iterator[tuple[MethodName, str, float, str]]:
     for variant in block.variants:
         for method in block.methods:
             if variant != "default" and method not in experiment.variants[variant]:
                 continue
             for pattern in ["dense"] if method == "dense" else block.patterns:
                 parsed = Pattern.parse(pattern)
-                if parsed.kind not in METHODS[method].patterns:
+                if not {parsed.kind, str(parsed)} & set(METHODS[method].patterns):
                     raise PatchError(
                         f"experiment {experiment.name}: method {method} cannot make the pattern {pattern!r}; "
                         f"it makes {', '.join(METHODS[method].patterns)}."
@@ -375,10 +459,26 @@ def _block_product(experiment: Experiment, block: GridBlock) -> Iterable[tuple[s
                 if not sparsities:
                     raise PatchError(f"experiment {experiment.name}: pattern {pattern!r} needs `sparsities` beside it.")
                 for sparsity in sparsities:
+                    parsed.check_sparsity(sparsity / 100)
                     yield method, pattern, sparsity, variant
 
 
-def _read_layers(path: Path, above: list[Path]) -> list[tuple[str, dict[str, Any]]]:
+def _prerequisites(method: Method, sparsity: float) -> dict[str, tuple[MethodName, str, float]]:
+    """Method, pattern and sparsity in percent of the cells whose masks `method` starts from, by role.
+
+    A prior of strength 0 needs none.
+    """
+    options, found = method.model_dump(), {}
+    if "frozen" in options:
+        found["pattern"] = (options["frozen"], "2:4", 50.0)
+    elif options.get("pattern_prior_strength"):
+        found["pattern"] = (options["prior"], "2:4", 50.0)
+    if options.get("tile_prior_strength"):
+        found["reference"] = (options["reference"], "unstructured", sparsity)
+    return found
+
+
+def _read_layers(path: Path, above: list[Path]) -> Layers:
     if path.resolve() in above:
         raise PatchError(f"{path}: extends itself through {' -> '.join(p.name for p in above)}.")
     try:
@@ -390,7 +490,7 @@ def _read_layers(path: Path, above: list[Path]) -> list[tuple[str, dict[str, Any
     if not isinstance(content, dict):
         raise PatchError(f"{path}: a config is a mapping of keys, found {type(content).__name__}.")
     bases = content.get("extends", [])
-    layers: list[tuple[str, dict[str, Any]]] = []
+    layers: Layers = []
     for base in [bases] if isinstance(bases, str) else bases:
         layers += _read_layers(path.parent / base, [*above, path.resolve()])
     return [*layers, (str(path), {key: value for key, value in content.items() if key != "extends"})]
@@ -402,101 +502,46 @@ def _merge(below: Any, above: Any) -> Any:
     return above
 
 
-def _explain(error: ValidationError, model: type[BaseModel], layers: list[tuple[str, dict[str, Any]]]) -> str:
-    # a misspelt key first: a missing one is often its consequence
-    problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    location = [part for part in problem["loc"] if part != "[key]"]
-    key = ".".join(str(part) for part in location)
-    file = _origin(location, layers)
-    more = f" ({error.error_count() - 1} more problems after this one.)" if error.error_count() > 1 else ""
-    if problem["type"] == "extra_forbidden":
-        near = _nearest(str(location[-1]), _keys_at(model, location[:-1]))
-        return f"{file}: unknown key {key!r}; {near}{more}"
-    if problem["type"] == "literal_error":
-        near = _nearest(
-            str(problem["input"]),
-            [part.strip(" '") for part in problem["ctx"]["expected"].replace(" or ", ",").split(",")],
-        )
-        return f"{file}: {key}: {problem['input']!r} is not possible; {near}{more}"
-    if problem["type"] == "missing":
-        return f"{file}: the key {key!r} is missing.{more}"
-    hint = ""
-    if "patterns" in location and isinstance(problem["input"], int):
-        hint = "; YAML reads 2:4 without quotes as a number, write '2:4'"
-    return f"{file}: {key}: {problem['msg']} (found {problem['input']!r}){hint}.{more}"
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    choices = ", ".join(known)
-    return f"did you mean {close[0]!r}? Valid: {choices}." if close else f"valid: {choices}."
-
-
-def _origin(location: Sequence[Any], layers: list[tuple[str, dict[str, Any]]]) -> str:
-    """The last layer in which the key, or the longest part of its path, stands."""
-    best, depth = layers[-1][0] if layers else "config", -1
-    for file, content in layers:
-        node: Any = content
-        reached = 0
-        for part in location:
-            if (isinstance(node, dict) and part in node) or (
-                isinstance(node, list) and isinstance(part, int) and part < len(node)
-            ):
-                node = node[part]
-            else:
-                break
-            reached += 1
-        if reached >= depth:
-            best, depth = file, reached
-    return best
-
-
-def _keys_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    annotation: Any = model
-    for part in location:
-        annotation = _model_in(annotation)
-        if annotation is None:
-            return []
-        if isinstance(part, str) and part in annotation.model_fields:
-            annotation = annotation.model_fields[part].annotation
-    found = _model_in(annotation)
-    return list(found.model_fields) if found else []
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model inside an annotation such as dict[str, Model] or Model | None."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (Union, types.UnionType, dict, list, tuple):
-        return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
-    return None
-
-
-def _check_references(experiment: Experiment, layers: list[tuple[str, dict[str, Any]]]) -> None:
+def _check_references(experiment: Experiment, layers: Layers) -> None:
     """Names that refer to other parts of the config, and method options."""
-    for where, options_by_method in [("methods", experiment.methods)] + [
-        (f"variants.{name}", variant) for name, variant in experiment.variants.items()
-    ]:
+    options_in: list[tuple[tuple[str, ...], Mapping[MethodName, dict[str, Any]]]] = [
+        (("methods",), experiment.methods),
+        *((("models", name, "methods"), source.methods) for name, source in experiment.models.items()),
+        *((("variants", name), variant) for name, variant in experiment.variants.items()),
+    ]
+    for place, options_by_method in options_in:
         for method, options in options_by_method.items():
             try:
                 METHODS[method](**options)
             except ValidationError as error:
                 problem = error.errors()[0]
-                location = [*where.split("."), method, *problem["loc"]]
-                key, file = ".".join(map(str, location)), _origin(location, layers)
-                near = _nearest(str(location[-1]), list(METHODS[method].model_fields))
-                raise PatchError(f"{file}: {key}: {problem['msg'].lower()}; {near}") from None
-    selections = [("only", experiment.only), *((f"exclude.{i}", rule) for i, rule in enumerate(experiment.exclude))]
-    blocks = [(f"grid.{i}", block) for i, block in enumerate(experiment.grid)]
-    for where, part in [*selections, *blocks]:
+                if not problem["loc"]:  # of several options together, which other parts may add to
+                    continue
+                location = [*place, method, *problem["loc"]]
+                near = nearest(str(location[-1]), list(METHODS[method].model_fields))
+                raise PatchError(
+                    f"{origin(location, layers)}: {_dotted(location)}: {problem['msg'].lower()}; {near}"
+                ) from None
+    parts: list[tuple[tuple[str | int, ...], GridBlock | Selection]] = [
+        (("only",), experiment.only),
+        *((("exclude", number), rule) for number, rule in enumerate(experiment.exclude)),
+        *((("grid", number), block) for number, block in enumerate(experiment.grid)),
+    ]
+    for where, part in parts:
         for key, known in (("models", list(experiment.models)), ("variants", ["default", *experiment.variants])):
             for name in getattr(part, key) or ():
                 if name not in known:
-                    location = [int(p) if p.isdigit() else p for p in where.split(".")] + [key]
-                    file = _origin(location, layers)
-                    raise PatchError(f"{file}: {where}.{key}: {name!r} is not defined; {_nearest(name, known)}")
-        for pattern in getattr(part, "patterns", None) or ():
+                    location = [*where, key]
+                    raise PatchError(
+                        f"{origin(location, layers)}: {_dotted(location)}: {name!r} is not defined; "
+                        f"{nearest(name, known)}"
+                    )
+        for pattern in part.patterns or ():
             Pattern.parse(pattern)
+
+
+def _dotted(location: Iterable[str | int]) -> str:
+    return ".".join(map(str, location))
 
 
 def _options_table(model: type[BaseModel]) -> list[str]:

@@ -7,11 +7,13 @@ PATCH = arXiv 2509.23410.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from patch.artefacts import PatchError
+
+OneShot = Literal["magnitude", "wanda", "sparsegpt"]
 
 
 class Method(BaseModel):
@@ -22,8 +24,10 @@ class Method(BaseModel):
     title: ClassVar[str]
     """Name as printed in tables."""
     patterns: ClassVar[tuple[str, ...]] = ()
-    """Kinds of pattern it can produce: "n:m", "unstructured", "tiles"."""
+    """What it can produce: kinds of pattern ("n:m", "unstructured", "tiles") or a pattern itself ("2:4")."""
     uses_calibration: ClassVar[bool] = True
+    learned: ClassVar[bool] = False
+    """True for methods that learn their mask by gradient descent: stage `learn` instead of `prune`."""
     runs: ClassVar[bool] = False
     """False for methods of the paper that this version lists but cannot run."""
 
@@ -82,28 +86,155 @@ class ProxSparse(Method):
     """Proximal training towards 2:4, masks applied to the original weights. Listed, not yet runnable."""
 
     title = "ProxSparse"
-    patterns = ("n:m",)
+    patterns = ("2:4",)
 
 
-class MaskLLM(Method):
-    """Learned 2:4 masks (arXiv 2409.17481). Listed, not yet runnable."""
+class Learned(Method):
+    """What every mask-learning method shares: optimisation, schedules, precision (PATCH section 6.7, table 6.1)."""
+
+    learned = True
+    runs = True
+    uses_calibration = False
+
+    steps: int = Field(2000, gt=0)
+    """Optimiser steps."""
+    batch_size: int = Field(256, gt=0)
+    """Sequences per optimiser step, over all GPUs."""
+    micro_batch_size: int = Field(1, gt=0)
+    """Sequences per forward pass of one GPU."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak of the cosine schedule, which ends at 0."""
+    warmup_steps: int = Field(5, ge=0)
+    """Steps of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Adam's; a larger one keeps logits with little gradient where they are, which very short runs need."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled decay of the logits."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients of all logits together are scaled down to this norm."""
+    optimizer: Literal["adamw_torch", "adamw_fused", "adamw_8bit", "adamw_apex"] = "adamw_torch"
+    """adamw_torch: PyTorch's. adamw_fused: our one-pass kernel, states in float32. adamw_8bit: the same with states in
+    8 bits. adamw_apex: NVIDIA apex, where it is installed."""
+    logits_dtype: Literal["float32", "bfloat16", "bfloat16_nearest"] = "float32"
+    """bfloat16: rounded stochastically, for models whose float32 logits do not fit (needs adamw_fused or
+    adamw_8bit). bfloat16_nearest: the official code's, in which steps below half a unit in the last place are lost."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which gradients of the 2:4 logits are accumulated over micro-batches."""
+    checkpointing: Literal["off", "activations", "all"] = "activations"
+    """What the backward pass computes again instead of keeping it: nothing, each block's activations, or its
+    effective weights too, which saves two bytes per weight and costs another drawing of the masks."""
+    noise: Literal["micro_batch", "step"] = "micro_batch"
+    """How often Gumbel noise is drawn: for every micro-batch, as in the paper, or once per optimiser step,
+    which makes masks nearly free but averages over less noise."""
+    init_std: float = Field(0.014, gt=0)
+    """Standard deviation of the random initial logits; priors are measured in it."""
+    norm_weight: float = Field(0.0, ge=0)
+    """Weight of the term that rewards large kept weights (lambda 2)."""
+    norm_form: Literal["ratio", "squared_ratio", "sum", "squared_sum"] = "ratio"
+    """ratio: sum of layer norms of W*M over that of W (the official code). squared_ratio: of squared norms (the
+    paper's formula). sum, squared_sum: without the denominator (official MaskLLM mode; MaskLLM itself)."""
+    norm_decay: bool = True
+    """Let that term fade linearly to 0 over the steps, as the official code does."""
+    checkpoint_every: int = Field(50, gt=0)
+    """Steps between saved states; an interrupted job goes on from the last one."""
+
+    @model_validator(mode="after")
+    def _precisions_fit(self) -> Self:
+        """PyTorch's and apex's optimisers need gradients in the logits' own type and cannot round stochastically."""
+        fused = self.optimizer in ("adamw_fused", "adamw_8bit")
+        if self.logits_dtype == "bfloat16" and not fused:
+            raise ValueError("logits_dtype bfloat16 needs optimizer adamw_fused or adamw_8bit")
+        if (self.logits_dtype == "float32") != (self.gradient_dtype == "float32") and not fused:
+            raise ValueError("logits_dtype and gradient_dtype differ; that needs optimizer adamw_fused or adamw_8bit")
+        return self
+
+
+class LearnedPatterns(Learned):
+    """2:4 logits, six per group of 4 weights (MaskLLM's parametrisation)."""
+
+    pattern_scale: tuple[float, float] = (100.0, 500.0)
+    """Multiplier of the 2:4 logits, linear over the steps."""
+    pattern_temperature: tuple[float, float] = (4.0, 0.05)
+    """Gumbel-softmax temperature of the 2:4 logits, linear over the steps."""
+    pattern_prior_strength: float = Field(3.0, ge=0)
+    """Patterns of the one-shot 2:4 mask start this many standard deviations ahead."""
+    hard_patterns: bool = False
+    """Sample one pattern per group (straight-through gradients) instead of a soft mixture."""
+
+
+class LearnedTiles(Learned):
+    """One logit per tile: dense where it is positive."""
+
+    tile_scale: tuple[float, float] = (100.0, 500.0)
+    """Multiplier of the tile logits, linear over the steps."""
+    tile_temperature: tuple[float, float] | None = None
+    """Gumbel-softmax temperature of the tile logits, linear over the steps; None for the paper's: from 4 to 0.05 for
+    patch_joint at 40 % sparsity and above, from 2 to 0.05 otherwise."""
+    tile_prior_strength: float = Field(3.0, ge=0)
+    """Tiles that the unstructured reference keeps densest start this many standard deviations ahead, the
+    others as many behind."""
+    hard_tiles: bool = False
+    """Sample dense or sparse per tile (straight-through gradients) instead of a mixture."""
+    density_weight: float = Field(3.0, ge=0)
+    """Weight of |density - target| (lambda 1)."""
+    density_target: Literal["global", "block"] = "global"
+    """One target over the whole model, or one for every decoder block."""
+    selection: Literal["sign", "topk", "balanced"] = "sign"
+    """Which tiles end dense. sign: those with a positive logit, as in the paper; the realised sparsity is then what
+    comes out. topk: the largest logits, as many as meet the target. balanced: the same with equally many per row of
+    tiles within a layer, which evens out the work of inference kernels."""
+    reference: OneShot = "sparsegpt"
+    """One-shot method whose unstructured mask gives the tile prior."""
+
+
+class MaskLLM(LearnedPatterns):
+    """Learned 2:4 masks (arXiv 2409.17481); learning rate as in PATCH table 6.1, the norm term as in MaskLLM."""
 
     title = "MaskLLM"
-    patterns = ("n:m",)
+    patterns = ("2:4",)
+
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak of the cosine schedule, which ends at 0 (MaskLLM itself: 5e-4)."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled decay of the logits."""
+    norm_weight: float = Field(1e-5, ge=0)
+    """Weight of the term that rewards large kept weights."""
+    norm_form: Literal["ratio", "squared_ratio", "sum", "squared_sum"] = "squared_sum"
+    """As in MaskLLM's `loss_func`; the other forms are explained under patch_joint."""
+    prior: OneShot = "sparsegpt"
+    """One-shot method whose 2:4 mask gives the prior (its weight updates are not used)."""
 
 
-class PatchJoint(Method):
-    """PATCH, tiles and 2:4 patterns learned together. Listed, not yet runnable."""
+class PatchJoint(LearnedTiles, LearnedPatterns):
+    """PATCH, tiles and 2:4 patterns learned together; defaults as in PATCH table 6.1."""
 
     title = "PATCH-Joint"
     patterns = ("tiles",)
 
+    tile_scale: tuple[float, float] = (25.0, 350.0)
+    """Multiplier of the tile logits, linear over the steps."""
+    density_weight: float = Field(7.0, ge=0)
+    """Weight of |density - target| (lambda 1)."""
+    norm_weight: float = Field(10.0, ge=0)
+    """Weight of the term that rewards large kept weights (lambda 2)."""
+    prior: OneShot = "sparsegpt"
+    """One-shot method whose 2:4 mask gives the prior of the patterns (its weight updates are not used)."""
 
-class PatchTile(Method):
-    """PATCH, tiles learned on a frozen 2:4 mask. Listed, not yet runnable."""
+
+class PatchTile(LearnedTiles):
+    """PATCH, tiles learned on a frozen 2:4 mask; defaults as in PATCH table 6.1."""
 
     title = "PATCH-Tile"
     patterns = ("tiles",)
+
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak of the cosine schedule, which ends at 0."""
+    norm_weight: float = Field(0.1, ge=0)
+    """Weight of the term that rewards large kept weights (lambda 2)."""
+    frozen: OneShot | Literal["maskllm"] = "maskllm"
+    """Method whose 2:4 mask is frozen under the tiles (its weight updates are not used)."""
 
 
 METHODS: dict[str, type[Method]] = {
@@ -146,7 +277,7 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
         return METHODS[name](**options)
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
+        key = ".".join(str(part) for part in problem["loc"]) or "several"
         known = ", ".join(METHODS[name].model_fields) or "none"
         raise PatchError(f"method {name!r}, option {key!r}: {problem['msg']}; its options are: {known}.") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import datetime
 import functools
 import hashlib
 import platform
@@ -18,6 +19,7 @@ PACKAGE = Path(__file__).parent
 STAGE_MODULES = {
     "prepare": ("patch.embedded", "patch.data", "patch.models"),
     "prune": ("patch.pruning",),
+    "learn": ("patch.learning",),
     "evaluate": ("patch.evaluation",),
     "collect": ("patch.collect",),
     "report": ("patch.reporting",),
@@ -54,6 +56,15 @@ def provenance() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {name: _version(name) for name in ("torch", "transformers", "lm-eval", "datasets", "numpy")},
     }
+
+
+def stamp() -> dict[str, str | None]:
+    """The columns gpu, torch, commit and date of every row in results/reference."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"gpu": gpu, "torch": torch.__version__, "commit": commit(), "date": today}
 
 
 def commit() -> str | None:

@@ -1,9 +1,13 @@
-"""The three ways of sampling text, against plain loops, and every source that needs no network."""
+"""The ways of sampling text, against plain loops, and every source that needs no network."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -13,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from patch import data
 from patch.artefacts import PatchError
-from patch.data import TokenSet, make_tokens, read_documents
-from patch.models import tokenizer_checksum
+from patch.data import TokenSet, generate_tokens, make_tokens, read_documents
+from patch.models import content_checksum, tokenizer_checksum
 
 LENGTH = 16
 
@@ -132,6 +136,48 @@ def test_with_a_seed_all_blocks_are_shuffled_before_the_first_are_taken(source, 
     assert made.ids.tolist() == expected[:9]
 
 
+class Lazy:
+    """Documents as a data set on disk gives them: by slices, never all of them."""
+
+    def __init__(self, documents: list[str]):
+        self.documents = documents
+        self.read = 0
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: slice) -> list[str]:
+        part = self.documents[index]
+        assert len(part) <= data.PACKING_BATCH
+        self.read += len(part)
+        return part
+
+
+def test_documents_are_read_in_batches_and_no_further_than_needed(tokenizer, documents, monkeypatch):
+    monkeypatch.setattr(data, "PACKING_BATCH", 7)
+    lazy = Lazy(documents)
+    monkeypatch.setattr(data, "read_documents", lambda *_: (lazy, None))
+    made = make_tokens(tokenizer, "large", sampling="packed", length=LENGTH, samples=9)
+    assert made.ids.tolist() == naive_packed(tokenizer, documents, LENGTH, batch=7)[:9]
+    assert lazy.read < len(documents)
+
+
+def test_a_data_set_of_the_hub_is_not_read_into_memory(tokenizer, documents, monkeypatch):
+    import datasets
+
+    table = datasets.Dataset.from_dict({"text": documents, "meta": list(range(len(documents)))})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    found, _ = read_documents("slimpajama", "train")
+    assert not isinstance(found, list)
+    assert list(found) == documents
+    packed = make_tokens(tokenizer, "slimpajama", sampling="packed", length=LENGTH, samples=9)
+    assert packed.ids.tolist() == naive_packed(tokenizer, documents, LENGTH)[:9]
+    windows = make_tokens(tokenizer, "slimpajama", sampling="windows", length=LENGTH, samples=9, seed=0)
+    assert windows.ids.tolist() == naive_windows(tokenizer, documents, LENGTH, 9, seed=0)
+    joined = make_tokens(tokenizer, "slimpajama", sampling="joined", length=LENGTH)
+    assert joined.ids.flatten().tolist() == tokenizer("\n\n".join(documents)).input_ids[: joined.ids.numel()]
+
+
 # joined
 
 
@@ -193,6 +239,86 @@ def test_a_source_with_next_to_nothing_in_it_is_refused(tmp_path, tokenizer, sam
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(PatchError, match=r"holds 0 sequences of 100 tokens|no document has more than 100 tokens"):
         make_tokens(tokenizer, str(tmp_path / "a.jsonl"), sampling=sampling, length=100, samples=1, seed=0)
+
+
+# written by the model
+
+
+def naive_generation(model, first: list[int], length: int, seed: int) -> list[list[int]]:
+    """Without a cache: the whole prefix again for every token."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.randint(0, 2, (len(first), 1), generator=generator)
+    ids = torch.tensor(first)[:, None]
+    while ids.shape[1] < length:
+        shares = model(input_ids=ids).logits[:, -1].softmax(dim=-1)
+        ids = torch.cat([ids, torch.multinomial(shares, 1, generator=generator)], dim=1)
+    return ids.tolist()
+
+
+def test_the_model_writes_what_its_own_distribution_gives(tiny_model, architecture):
+    model = tiny_model(architecture)
+    made = generate_tokens(model, samples=3, length=20, seed=5, batch_size=3, bos=1)
+    assert made.ids.dtype == torch.int32
+    assert made.ids.tolist() == naive_generation(model, [1, 1, 1], 20, seed=5)
+
+
+def test_shares_of_the_tokens_are_those_of_the_distribution(tiny_model):
+    model = tiny_model("llama", vocab_size=8)
+    made = generate_tokens(model, samples=4000, length=2, seed=0, batch_size=1000, bos=1)
+    expected = model(input_ids=torch.tensor([[1]])).logits[0, -1].softmax(dim=-1)
+    found = made.ids[:, 1].long().bincount(minlength=8) / 4000
+    assert torch.allclose(found, expected, atol=0.03)
+
+
+def test_generated_text_is_the_same_for_a_seed_and_another_for_others(tiny_model):
+    def write(**changes):
+        return generate_tokens(
+            tiny_model(), **({"samples": 5, "length": 9, "seed": 0, "batch_size": 2, "bos": 1} | changes)
+        )
+
+    assert torch.equal(write().ids, write().ids)
+    assert not torch.equal(write().ids, write(seed=1).ids)
+    assert len({tuple(row) for row in write(samples=8).ids.tolist()}) == 8  # of all batches
+
+
+@pytest.mark.gpu
+def test_generated_text_is_the_same_for_a_seed_on_a_gpu(tiny_model):
+    model = tiny_model().cuda()
+    first, again = (generate_tokens(model, samples=8, length=64, seed=0, batch_size=8, bos=1) for _ in range(2))
+    assert torch.equal(first.ids, again.ids)
+    assert first.ids.device.type == "cpu"
+
+
+def test_an_end_of_text_token_ends_nothing(tiny_model):
+    model = tiny_model("llama", vocab_size=8)
+    made = generate_tokens(model, samples=30, length=30, seed=0, batch_size=30, bos=1)
+    ends = (made.ids[:, :-1] == model.config.eos_token_id).any(dim=1)
+    assert ends.any()
+    assert made.ids.unique().tolist() == list(range(8))
+
+
+def test_without_a_first_token_the_first_one_is_any(tiny_model):
+    model = tiny_model("llama", vocab_size=8)
+    made = generate_tokens(model, samples=400, length=2, seed=0, batch_size=400, bos=None)
+    counts = made.ids[:, 0].long().bincount(minlength=8)
+    assert counts.min() > 20
+    assert made.protocol["bos"] is False
+
+
+def test_the_protocol_of_generated_text_names_the_model_and_the_seed(tiny_model):
+    model = tiny_model()
+    assert generate_tokens(model, samples=3, length=4, seed=7, batch_size=2, bos=1).protocol == {
+        "source": "self",
+        "sampling": "generated",
+        "length": 4,
+        "samples": 3,
+        "seed": 7,
+        "batch_size": 2,
+        "model": content_checksum(model),
+        "dtype": "float32",
+        "device": "cpu",
+        "bos": True,
+    }
 
 
 # sources
@@ -275,6 +401,33 @@ def test_token_sets_survive_a_round_trip(tmp_path, tokens):
     assert read.ids.dtype == torch.int32
     assert read.protocol == made.protocol
     assert read.checksum == made.checksum == checksum
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_loaded_ids_stay_in_the_file(tmp_path):
+    """Large sets are mapped, so that several processes share the pages: loading takes no memory of its own."""
+    ids = torch.zeros(2**21, 16, dtype=torch.int32)  # 128 MiB
+    TokenSet(ids, {"source": "zeros"}).save(tmp_path / "tokens")
+    code = """
+import sys
+from pathlib import Path
+from patch.data import TokenSet
+
+def own_kibibytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+before = own_kibibytes()
+tokens = TokenSet.load(sys.argv[1])
+print(int(tokens.ids.sum()), own_kibibytes() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "tokens")], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    total, kibibytes = map(int, done.stdout.split())
+    assert total == 0
+    assert kibibytes < 16 * 1024
 
 
 def test_the_checksum_is_that_of_the_file_whatever_the_type_in_memory(tmp_path, tokens):

@@ -12,9 +12,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from patch.collect import read_runs
+from patch.collect import read_curves, read_runs
 
 ROOT = Path(__file__).parents[1]
+SHORT = {"steps": 4, "batch_size": 2, "checkpoint_every": 2}
 
 
 @pytest.fixture
@@ -24,7 +25,17 @@ def project(model_directory: Path, documents: list[str], tmp_path: Path) -> Path
     config = {
         "name": "tiny",
         "models": {"tiny": {"source": str(model_directory), "dtype": "float32"}},
-        "grid": [{"methods": ["dense", "magnitude", "wanda"]}],
+        "grid": [
+            {"methods": ["dense", "magnitude", "wanda", "maskllm"]},
+            {"methods": ["patch_joint"], "patterns": ["tiles:16x16"], "sparsities": [35]},
+            {"methods": ["patch_tile"], "patterns": ["tiles:16xK"], "sparsities": [35]},
+        ],
+        "methods": {
+            "maskllm": {**SHORT, "prior": "magnitude"},
+            "patch_joint": {**SHORT, "selection": "topk", "prior": "magnitude", "reference": "magnitude"},
+            "patch_tile": {**SHORT, "selection": "topk", "reference": "magnitude"},
+        },
+        "training": {"source": str(tmp_path / "text.txt"), "samples": 8, "length": 16},
         "calibration": {"source": str(tmp_path / "text.txt"), "sampling": "packed", "samples": 4, "length": 16},
         "evaluation": {
             "perplexity": {"own": {"source": str(tmp_path / "text.txt"), "length": 16, "windows": 6}},
@@ -91,11 +102,16 @@ def test_interrupted_grid_resumes_and_reruns_only_what_changed(project: Path) ->
     config = yaml.safe_load((project / "tiny.yaml").read_text())
     change(project, {**config, "description": "other words", "threads": 2})
     assert planned(project) == set()
-    change(project, {**config, "methods": {"wanda": {"shift_zero_metrics": True}}})
-    assert planned(project) == {"prune", "evaluate", "collect", "tables", "figures", "mlflow", "all"}
+    after = {"evaluate", "collect", "tables", "figures", "mlflow", "all"}
+    change(project, {**config, "methods": {**config["methods"], "wanda": {"shift_zero_metrics": True}}})
+    assert planned(project) == {"prune", *after}
+    change(project, {**config, "methods": {**config["methods"], "patch_joint": {**SHORT, "density_weight": 5}}})
+    assert planned(project) == {"prune", "learn", *after}  # its priors are SparseGPT's now
+    change(project, {**config, "training": {**config["training"], "samples": 9}})
+    assert planned(project) == {"prepare_training", "learn", *after}
     change(project, {**config, "evaluation": {**config["evaluation"], "perplexity": {
         "own": {**config["evaluation"]["perplexity"]["own"], "windows": 5}}}})  # fmt: skip
-    assert planned(project) == {"prepare_text", "evaluate", "collect", "tables", "figures", "mlflow", "all"}
+    assert planned(project) == {"prepare_text", *after}
 
 
 def change(project: Path, config: dict) -> None:
@@ -105,17 +121,26 @@ def change(project: Path, config: dict) -> None:
 def check_results(project: Path) -> None:
     results = project / "results/tiny"
     runs = read_runs(results / "runs.parquet")
-    assert set(runs["cell"]) == {"tiny/dense", "tiny/magnitude/50-2of4", "tiny/wanda/50-2of4"}
+    one_shot = {"tiny/dense", "tiny/magnitude/50-2of4", "tiny/wanda/50-2of4"}
+    learned = {"tiny/maskllm/50-2of4", "tiny/patch_joint/35-tiles16x16", "tiny/patch_tile/35-tiles16xK"}
+    assert set(runs["cell"]) == one_shot | learned
     assert set(runs["status"]) == {"done"}
     perplexities = runs[runs["metric"] == "perplexity"]
-    assert len(perplexities) == 3
+    assert len(perplexities) == 6
     assert (perplexities["samples"] == 6).all()
     pruned = runs[(runs["subject"] == "model") & (runs["metric"] == "sparsity")]
-    assert list(pruned["value"]) == [0.5, 0.5]
+    assert list(pruned["value"]) == pytest.approx([0.5, 0.5, 0.5, 0.35, 0.35], abs=0.01)
+    assert (pruned["value"] == pruned["realised_sparsity"] / 100).all()
+    # what PATCH starts from is pruned once, and neither measured nor in the tables
+    assert [path.name for path in (results / "tiny/magnitude/35-unstructured").iterdir()] == ["prune"]
+    curves = read_curves(results / "runs.parquet")
+    assert curves.groupby("cell")["step"].apply(list).to_dict() == {cell: [1, 2, 3, 4] for cell in learned}
+    assert curves[["loss", "cross_entropy", "density", "gradient_norm", "wall_s"]].notna().all(axis=None)
     assert pd.read_csv(results / "runs.csv").shape == runs.shape
     record = json.loads((results / "tiny/wanda/50-2of4/evaluate/record.json").read_text())
     assert record["protocol"]["own"]["length"] == 16
     assert record["provenance"]["versions"]["torch"]
     assert (results / "tables/accuracy.tex").read_text().startswith("\\begin{tabular}")
-    assert (results / "figures/perplexity_vs_sparsity.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((results / "mlflow.json").read_text())["new"] >= 3
+    for name in ("perplexity_vs_sparsity", "training_curves"):
+        assert (results / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((results / "mlflow.json").read_text())["new"] >= 6

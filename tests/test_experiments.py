@@ -157,6 +157,11 @@ def test_a_missing_file_is_told(tmp_path):
             {"variants": {"shifted": {"wanda": {"shift_zeros": True}}}},
             "variants.shifted.wanda.shift_zeros: extra inputs are not permitted; did you mean 'shift_zero_metrics'?",
         ),
+        (
+            "option of one model",
+            {"models": {"tiny": {"source": "./tiny", "methods": {"patch_tile": {"step": 8}}}}},
+            "models.tiny.methods.patch_tile.step: extra inputs are not permitted; did you mean 'steps'?",
+        ),
         ("value", {"calibration": {"samples": 0}}, "calibration.samples: Input should be greater than 0 (found 0)"),
         ("choice", {"device": "cuba"}, "device: 'cuba' is not possible; did you mean 'cuda'?"),
         (
@@ -243,6 +248,20 @@ def test_patterns_without_a_fixed_sparsity_need_one():
 def test_targets_outside_0_to_100_percent_are_refused(sparsity):
     grid = [{"methods": ["wanda"], "patterns": ["unstructured"], "sparsities": [sparsity]}]
     assert "sparsities" in message(**(BASE | {"grid": grid}))
+
+
+def test_tiles_that_would_have_to_prune_more_than_half_are_refused():
+    grid = [{"methods": ["patch_joint"], "patterns": ["tiles:8x8"], "sparsities": [45, 55]}]
+    assert "pattern tiles:8x8: its tiles are dense or 2:4, so at most 50 %" in message(**(BASE | {"grid": grid}))
+
+
+def test_a_run_that_reads_more_than_there_is_is_refused():
+    """2000 steps of 256 sequences is exactly what the paper's text gives, read once."""
+    grid = [{"methods": ["maskllm"]}]
+    experiment(grid=grid)
+    found = message(**(BASE | {"grid": grid, "training": {"samples": 300_000}}))
+    assert "maskllm reads 512000 sequences (steps x batch_size), the training text has 300000" in found
+    experiment(grid=grid, training={"samples": 300_000, "epochs": 2})
 
 
 @pytest.mark.parametrize(
@@ -370,11 +389,137 @@ def test_only_selects_a_part_without_a_word_about_the_rest():
 
 
 def test_the_summary_counts_and_names_what_cannot_run_yet():
-    summary = experiment(grid=[{"methods": ["dense", "wanda", "maskllm"]}]).expand().summary()
-    assert summary.startswith("3 cells")
-    line = next(line for line in summary.splitlines() if "MaskLLM" in line)
-    assert "listed, not yet runnable" in line
-    assert [cell.runs for cell in experiment(grid=[{"methods": ["dense", "maskllm"]}]).cells()] == [True, False]
+    grid = [{"methods": ["dense", "wanda", "maskllm", "thanos"]}]
+    summary = experiment(grid=grid).expand().summary()
+    assert summary.startswith("4 cells")
+    marked = [line.split()[0] for line in summary.splitlines() if "listed, not yet runnable" in line]
+    assert marked == ["Thanos"]
+    assert [cell.runs for cell in experiment(grid=grid).cells()] == [True, True, True, False]
+
+
+def test_options_that_contradict_each_other_are_told_and_those_that_other_parts_complete_are_not():
+    changes = {
+        "grid": [{"methods": ["maskllm"], "variants": ["short"]}],
+        "variants": {"short": {"maskllm": {"logits_dtype": "bfloat16"}}},
+    }
+    found = message(**(BASE | changes))
+    assert "experiment test: maskllm, variant short, model tiny: " in found
+    assert "needs optimizer adamw_fused" in found
+    experiment(methods={"maskllm": {"optimizer": "adamw_fused"}}, **changes).expand()
+
+
+# hyper-parameters of one model
+
+
+def test_a_models_own_hyper_parameters_go_over_the_experiments_and_under_the_variants():
+    changes = {
+        "models": {
+            "a": {"source": "./a", "methods": {"sparsegpt": {"block_size": 64, "damping": 0.2}}},
+            "b": {"source": "./b"},
+        },
+        "methods": {"sparsegpt": {"block_size": 32, "damping": 0.1}},
+        "variants": {"mild": {"sparsegpt": {"damping": 0.3}}},
+        "grid": [{"methods": ["sparsegpt"], "variants": ["default", "mild"]}],
+    }
+    assert {cell.path: cell.options for cell in experiment(**changes).cells()} == {
+        "a/sparsegpt/50-2of4": {"block_size": 64, "damping": 0.2},
+        "a/sparsegpt/50-2of4/mild": {"block_size": 64, "damping": 0.3},
+        "b/sparsegpt/50-2of4": {"block_size": 32, "damping": 0.1},
+        "b/sparsegpt/50-2of4/mild": {"block_size": 32, "damping": 0.3},
+    }
+
+
+def test_hyper_parameters_of_one_method_change_no_other_cell_of_the_model():
+    other = {"models": {"tiny": {"source": "./tiny", "methods": {"sparsegpt": {"block_size": 64}}}}}
+    assert cell().hash == cell(**other).hash
+
+
+# learned cells and what they start from
+
+LEARNED = {
+    "grid": [
+        {"methods": ["maskllm"]},
+        {"methods": ["patch_joint", "patch_tile"], "patterns": ["tiles:8x8"], "sparsities": [45]},
+    ]
+}
+MASKLLM, JOINT, TILE = "tiny/maskllm/50-2of4", "tiny/patch_joint/45-tiles8x8", "tiny/patch_tile/45-tiles8x8"
+
+
+def roles(path, **changes) -> dict[str, str]:
+    return {role: other.path for role, other in cell(path, **(LEARNED | changes)).prerequisites.items()}
+
+
+def test_learned_cells_start_from_one_shot_masks():
+    assert roles(MASKLLM) == {"pattern": "tiny/sparsegpt/50-2of4"}
+    assert roles(JOINT) == {"pattern": "tiny/sparsegpt/50-2of4", "reference": "tiny/sparsegpt/45-unstructured"}
+
+
+def test_patch_tile_starts_from_the_mask_that_it_freezes():
+    assert roles(TILE) == {"pattern": "tiny/maskllm/50-2of4", "reference": "tiny/sparsegpt/45-unstructured"}
+    frozen = {"methods": {"patch_tile": {"frozen": "wanda", "reference": "magnitude"}}}
+    assert roles(TILE, **frozen) == {"pattern": "tiny/wanda/50-2of4", "reference": "tiny/magnitude/45-unstructured"}
+    every = [part.path for part in cell(TILE, **LEARNED).with_prerequisites()]
+    assert every == ["tiny/sparsegpt/50-2of4", MASKLLM, "tiny/sparsegpt/45-unstructured", TILE]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "left"),
+    [("maskllm", MASKLLM, []), ("patch_joint", JOINT, []), ("patch_tile", TILE, ["pattern"])],
+)
+def test_priors_of_no_strength_need_no_mask_but_a_frozen_mask_stays(method, path, left):
+    strengths = {"pattern_prior_strength", "tile_prior_strength"} & set(METHODS[method].model_fields)
+    assert list(roles(path, methods={method: dict.fromkeys(strengths, 0)})) == left
+
+
+def test_prerequisites_are_the_cells_that_a_grid_would_hold():
+    """Same seed, the experiment's options, the default variant: computed once, whoever asks."""
+    changes = {
+        "grid": [*LEARNED["grid"], {"methods": ["sparsegpt"]}],
+        "methods": {"sparsegpt": {"block_size": 64}},
+        "variants": {"own": {"maskllm": {"steps": 10}, "sparsegpt": {"block_size": 32}}},
+        "seeds": [0, 3],
+    }
+    changes["grid"][0] = {"methods": ["maskllm"], "variants": ["own"]}
+    for seed in ("", "/seed-3"):
+        learned = cell(f"tiny/maskllm/50-2of4/own{seed}", **changes)
+        assert learned.prerequisites["pattern"] == cell(f"tiny/sparsegpt/50-2of4{seed}", **changes)
+        assert learned.prerequisites["pattern"].options["block_size"] == 64
+
+
+def test_prerequisites_outside_the_grid_are_listed_once_and_are_no_cells():
+    grid = experiment(**LEARNED).expand()
+    assert [cell.path for cell in grid.cells] == [MASKLLM, JOINT, TILE]
+    assert [cell.path for cell in grid.prerequisites] == ["tiny/sparsegpt/50-2of4", "tiny/sparsegpt/45-unstructured"]
+    assert "only to learn from: tiny/sparsegpt/50-2of4, tiny/sparsegpt/45-unstructured" in grid.summary()
+    assert "only to learn from" not in experiment().expand().summary()
+
+
+def test_an_excluded_cell_may_still_be_learned_from():
+    excluded = {"exclude": [{"methods": ["maskllm"], "reason": "not in the tables"}]}
+    grid = experiment(**LEARNED, **excluded).expand()
+    assert MASKLLM not in [cell.path for cell in grid.cells]
+    assert MASKLLM in [cell.path for cell in grid.prerequisites]
+
+
+def test_a_prerequisite_never_shares_the_folder_of_another_cell():
+    changes = {
+        "grid": [{"methods": ["maskllm"]}, {"methods": ["sparsegpt"], "variants": ["seed-1"]}],
+        "variants": {"seed-1": {"sparsegpt": {"block_size": 64}}},
+        "seeds": [1, 0],
+    }
+    assert "would share the folder tiny/sparsegpt/50-2of4/seed-1" in message(**(BASE | changes))
+
+
+def test_every_cell_knows_the_stage_of_its_mask_and_its_text():
+    changes = {"grid": [{"methods": ["dense", "magnitude", "wanda", "maskllm"]}]}
+    stages = {cell.method: cell.mask_stage for cell in experiment(**changes).cells()}
+    assert stages == {"dense": None, "magnitude": "prune", "wanda": "prune", "maskllm": "learn"}
+    texts = {
+        cell.method: (cell.calibration is not None, cell.training is not None) for cell in experiment(**changes).cells()
+    }
+    assert texts == {
+        "dense": (False, False), "magnitude": (False, False), "wanda": (True, False), "maskllm": (False, True)
+    }  # fmt: skip
 
 
 # the key of a cell
@@ -383,7 +528,7 @@ def test_the_summary_counts_and_names_what_cannot_run_yet():
 @pytest.fixture(autouse=True)
 def fixed_code(monkeypatch):
     """Keys without reading the whole package."""
-    versions = {"prune": "1", "evaluate": "1"}
+    versions = {"prune": "1", "learn": "1", "evaluate": "1"}
     monkeypatch.setattr(experiments, "code_hash", lambda stage: versions[stage])
     return versions
 
@@ -454,6 +599,52 @@ def test_code_changes_the_keys_of_its_stage_and_those_after_it(fixed_code):
     assert cell().key("evaluate") != before["evaluate"]
 
 
+def test_the_dense_model_depends_on_no_pruning_code(fixed_code):
+    before = cell("tiny/dense").hash
+    fixed_code["prune"] = fixed_code["learn"] = "2"
+    assert cell("tiny/dense").hash == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training": {"source": "c4"}},
+        {"training": {"source": "self", "seed": 1}},
+        {"training": {"length": 2048}},
+        {"methods": {"maskllm": {"steps": 1999}}},
+        {"methods": {"sparsegpt": {"block_size": 64}}},  # of its prior
+        {"calibration": {"samples": 64}},  # of its prior
+    ],
+)
+def test_what_changes_a_learned_mask_changes_its_keys(changes):
+    for stage in ("learn", "evaluate"):
+        assert cell(MASKLLM, **LEARNED).key(stage) != cell(MASKLLM, **(LEARNED | changes)).key(stage)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"methods": {"wanda": {"shift_zero_metrics": True}}},
+        {"methods": {"patch_joint": {"steps": 1999}}},
+        {"evaluation": {"tasks": None}},
+    ],
+)
+def test_what_does_not_change_a_learned_mask_does_not_change_its_key(changes):
+    assert cell(MASKLLM, **LEARNED).key("learn") == cell(MASKLLM, **(LEARNED | changes)).key("learn")
+
+
+def test_code_of_pruning_and_of_learning_changes_learned_cells(fixed_code):
+    seen = {cell(TILE, **LEARNED).hash}
+    for stage in ("prune", "learn"):
+        fixed_code[stage] = "2"
+        seen.add(cell(TILE, **LEARNED).hash)
+    assert len(seen) == 3
+
+
+def test_the_training_text_is_nothing_to_one_shot_cells():
+    assert cell().hash == cell(training={"source": "c4", "samples": 7}).hash
+
+
 def test_methods_that_look_at_no_text_do_not_depend_on_it():
     grid = [{"methods": ["magnitude"]}]
     path = "tiny/magnitude/50-2of4"
@@ -472,7 +663,10 @@ def test_the_schema_knows_every_key_and_allows_no_other():
 
 def test_every_key_and_every_option_has_a_row_with_its_default():
     sections = {part.partition("\n")[0].strip("`"): part for part in options_markdown().split("\n## ")}
-    for model in (Experiment, experiments.GridBlock, experiments.Calibration, experiments.Tasks):
+    for model in (
+        Experiment, experiments.ModelSource, experiments.GridBlock, experiments.Calibration, experiments.Training,
+        experiments.Tasks,
+    ):  # fmt: skip
         for name, field in model.model_fields.items():
             rows = [line for line in sections[model.__name__].splitlines() if line.startswith(f"| `{name}` |")]
             assert len(rows) == 1

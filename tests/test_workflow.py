@@ -40,8 +40,51 @@ def test_paper_grid_shows_all_models_methods_exclusions_and_reasons(tmp_path: Pa
         assert f"results/paper/{cell}/prune/mask.safetensors" in output
     for level in ("45", "35", "25"):
         assert f"patch_joint/{level}-tiles128x128" in output
-    assert "excluded: llama-2-13b/maskllm/50-2of4 (no MaskLLM checkpoint" in output
+    assert "excluded: llama-2-13b/maskllm/50-2of4 (the paper prints N/A" in output
     assert "reason: Missing output files" in output
+
+
+def test_learned_cells_come_after_the_masks_that_they_start_from(tmp_path: Path) -> None:
+    config = ROOT / "workflow" / "config" / "paper.yaml"
+    part = "only={models: [llama-2-13b], methods: [patch_tile], sparsities: [25]}"
+    done = snakemake("--dry-run", "-p", "--configfile", str(config), "--directory", str(tmp_path), "--config", part)
+    output = done.stdout + done.stderr
+    learned = {command.split(" --output ")[1].split()[0]: command for command in commands(output, "learn")}
+    cells = "results/paper/llama-2-13b"
+    maskllm, tile = f"{cells}/maskllm/50-2of4/learn", f"{cells}/patch_tile/25-tiles128x128/learn"
+    assert set(learned) == {maskllm, tile}
+    assert f"--pattern-mask {cells}/sparsegpt/50-2of4/prune/mask.safetensors" in learned[maskllm]
+    assert "--reference-mask" not in learned[maskllm]
+    assert f"--pattern-mask {maskllm}/mask.safetensors" in learned[tile]
+    assert f"--reference-mask {cells}/sparsegpt/25-unstructured/prune/mask.safetensors" in learned[tile]
+    assert f"--training {cells}/tokens/training.safetensors --epochs 1" in learned[tile]
+    assert "--set learning_rate=0.001 " in learned[tile]  # of this model only
+    assert len(commands(output, "prune")) == 2
+    assert len(commands(output, "evaluate")) == 1  # what others start from is not measured
+    assert "only to learn from: llama-2-13b/sparsegpt/50-2of4, llama-2-13b/maskllm/50-2of4" in output
+    training = next(command for command in commands(output, "prepare tokens") if "training.safetensors" in command)
+    assert "--source slimpajama --sampling packed --length 4096 --samples 512000 --output" in training
+
+
+def commands(output: str, command: str) -> list[str]:
+    """The shell commands of a dry-run that call `patch COMMAND`."""
+    return [line for line in output.splitlines() if f"python -m patch {command} " in line]
+
+
+def test_text_that_the_model_writes_wants_the_device(tmp_path: Path) -> None:
+    config = tmp_path / "self.yaml"
+    config.write_text(
+        "{name: self, models: {tiny: {source: ./tiny}}, grid: [{methods: [maskllm]}], device: cuda,"
+        " training: {source: self, seed: 7}, evaluation: {perplexity: {training: {source: c4}}, tasks: null}}"
+    )
+    done = snakemake("--dry-run", "-p", "--configfile", str(config), "--directory", str(tmp_path))
+    output = done.stdout + done.stderr
+    training = next(command for command in commands(output, "prepare tokens") if "/training.safetensors" in command)
+    assert "--source self --length 4096 --samples 512000 --seed 7 --batch-size 256 --device cuda" in training
+    job = output.split("rule prepare_training:")[1].split("Shell command")[0]
+    assert "gpu=1" in job
+    # a text for perplexity that has the same name is another file
+    assert len([command for command in commands(output, "prepare tokens") if "text-training" in command]) == 1
 
 
 def test_listed_methods_are_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +17,9 @@ from patch.artefacts import PatchError
 from patch.evaluation.result import Result
 from patch.hub import hub_access
 from patch.records import Metric
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
 
 METRICS = ("acc", "acc_norm")
 # Folders of the paper's tasks; indexing all of the harness's tasks would take a quarter of a minute.
@@ -63,6 +66,17 @@ class TaskLibrary:
             self.manager.load_task_or_group([name])
 
 
+def harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1) -> HFLM:
+    """The model as lm-evaluation-harness sees it, without progress bars, which fill log files."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Quiet(HFLM):
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+    return Quiet(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
 def zero_shot(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -73,18 +87,10 @@ def zero_shot(
 ) -> Result:
     """Score one task or group; the model computes on its own device, in its own precision."""
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
-    class Quiet(HFLM):
-        """The harness's model without progress bars, which fill log files."""
-
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-    harness_model = Quiet(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     with hub_access(f"questions of task {task}"):
         output = simple_evaluate(
-            model=harness_model,
+            model=harness_model(model, tokenizer, batch_size),
             tasks=[task],
             num_fewshot=0,
             limit=limit,

@@ -1,1 +1,1 @@
-"""Tables, figures and MLflow: pure functions of the runs table (`patch.collect`), and the writers of their files."""
+"""Tables, figures and MLflow: pure functions of the tables of `patch.collect`, and the writers of their files."""

@@ -85,6 +85,11 @@ def scores(runs: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def pattern_title(pattern: str) -> str:
+    """A pattern as printed: "tiles 128x128", the others as in configs."""
+    return pattern.replace("tiles:", "tiles ")
+
+
 def tasks_of(found: pd.DataFrame, metric: str = "acc") -> list[str]:
     """The tasks among the subjects of `scores(...)`: the paper's in its order, then others as they come."""
     present = [task for task in found.loc[found["metric"] == metric, "subject"].unique() if task != "mean"]

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from patch.artefacts import atomic_path, write_text
 from patch.reporting.published import load_accuracy, same_perplexity_protocol, same_tasks_protocol
-from patch.reporting.summary import KEYS, SETTINGS, scores, settings, tasks_of, texts_of
+from patch.reporting.summary import KEYS, SETTINGS, pattern_title, scores, settings, tasks_of, texts_of
 
 TASK_TITLES = {
     "mmlu": "MMLU",
@@ -260,7 +260,7 @@ def _columns(table: pd.DataFrame) -> Iterator[_Column]:
         yield _Column("metric", "Accuracy, %", numeric=False)
     yield _Column("sparsity", "Sparsity %", "{:g}".format)
     yield _Column("title", "Method", numeric=False)
-    yield _Column("pattern", "Pattern", numeric=False)
+    yield _Column("pattern", "Pattern", pattern_title, numeric=False)
     if (table["variant"] != "default").any():
         yield _Column("variant", "Variant", numeric=False)
     if "metric" not in table:
@@ -311,7 +311,7 @@ def _notes(table: pd.DataFrame) -> list[str]:
     reasons: dict[str, list[str]] = {}
     rows = table.drop_duplicates(KEYS)
     for row in _records(rows[rows["note"] != ""]):
-        parts = [row["model"], row["title"], row["pattern"], f"{row['sparsity']:g} %"]
+        parts = [row["model"], row["title"], pattern_title(row["pattern"]), f"{row['sparsity']:g} %"]
         parts += [row["variant"]] if row["variant"] != "default" else []
         reasons.setdefault(row["note"], []).append(" ".join(dict.fromkeys(parts)))
     return [f"{'; '.join(names)}: {reason}" for reason, names in reasons.items()]

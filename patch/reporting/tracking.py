@@ -1,4 +1,4 @@
-"""The runs table in MLflow: experiment per run, a parent run per model, below it a child run per cell.
+"""Runs table and curves in MLflow: experiment per run, a parent run per model, below it a child run per cell.
 
 One process writes, after `collect`; jobs never open the store. Writing again changes nothing where nothing changed.
 """
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from patch.artefacts import PatchError, checksum_json
+from patch.collect import STEP_COLUMNS
 from patch.reporting.summary import scores
 
 if TYPE_CHECKING:
@@ -30,16 +31,18 @@ TAGS = ["cell", "commit", "dirty", "gpu", "cpu", "torch", "transformers", "lm_ev
 _OF_STAGE = ["wall_s", "gpu_s", "peak_memory_gib", "peak_gpu_memory_gib"]
 # Without it MLflow 3's UI takes the experiment for one of traces and prompts, and hides metrics and comparisons.
 _TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
+_BATCH = 1000  # metrics that MLflow takes at a time
 log = logging.getLogger(__name__)
 
 
-def track(runs: pd.DataFrame, uri: str, artifacts: Sequence[Path] = ()) -> dict[str, int]:
-    """Write the finished cells of a runs table to the MLflow store at `uri`.
+def track(runs: pd.DataFrame, curves: pd.DataFrame, uri: str, artifacts: Sequence[Path] = ()) -> dict[str, int]:
+    """Write the finished cells of a runs table, with their curves, to the MLflow store at `uri`.
 
     Returns how many cells were new, changed and unchanged.
     Cells are found again by the tags cell_hash and cell, and rewritten only if the tag result_hash differs.
     Metrics in the units of the runs table: perplexity.TEXT, acc.TASK and acc_norm.TASK (without the subjects of MMLU),
     acc.mean, each with .stderr where known; sparsity of the whole model; STAGE.wall_s and other costs by stage.
+    Of learned cells also learn.loss and the other curves, with a value per optimiser step.
     artifacts: files, or folders of files, attached to the run "report" of the experiment.
     For sqlite:///PATH the folder is made, and artifacts go to mlflow-artifacts beside the file.
     Raises PatchError when an artifact is missing.
@@ -53,7 +56,7 @@ def track(runs: pd.DataFrame, uri: str, artifacts: Sequence[Path] = ()) -> dict[
         for model, rows in table[table["status"] == "done"].groupby("model", sort=False):
             tags = {"kind": "model", "model": str(model), "source": str(rows["source"].iloc[0])}
             parent, _ = store.put(f"model {model}", _Content(str(model), tags=tags))
-            for content in _cells(rows):
+            for content in _cells(rows, curves):
                 content.tags["mlflow.parentRunId"] = parent
                 _, outcome = store.put(f"cell {content.tags['cell_hash']} {content.tags['cell']}", content)
                 counts[outcome] += 1
@@ -72,6 +75,8 @@ class _Content:
     name: str
     parameters: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    histories: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """A row per step, a column per metric; `step` and `moment` (milliseconds since 1970) beside them."""
     tags: dict[str, str] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
     """By path inside the run."""
@@ -80,7 +85,8 @@ class _Content:
     """Milliseconds since 1970."""
 
     def hash(self) -> str:
-        return checksum_json([self.name, self.parameters, {k: repr(v) for k, v in self.metrics.items()}, self.tags])
+        metrics = {name: repr(value) for name, value in self.metrics.items()}
+        return checksum_json([self.name, self.parameters, metrics, self.histories.to_csv(), self.tags])
 
 
 class _Store:
@@ -116,6 +122,14 @@ class _Store:
         moment = content.end or int(time.time() * 1000)
         metrics = [Metric(name, value, moment, 0) for name, value in content.metrics.items()]
         self.client.log_batch(run_id, metrics, [Param(*pair) for pair in content.parameters.items()])
+        history = [
+            Metric(str(name), value, int(row["moment"]), int(row["step"]))
+            for row in content.histories.to_dict("records")
+            for name, value in row.items()
+            if name not in ("step", "moment") and not pd.isna(value)
+        ]
+        for first in range(0, len(history), _BATCH):
+            self.client.log_batch(run_id, history[first : first + _BATCH])
         for path, file in content.files.items():
             self.client.log_artifact(run_id, str(file), str(Path(path).parent))
         self.client.log_batch(run_id, tags=[RunTag("result_hash", result_hash)])
@@ -123,7 +137,7 @@ class _Store:
         return run_id, "changed" if old else "new"
 
 
-def _cells(rows: pd.DataFrame) -> list[_Content]:
+def _cells(rows: pd.DataFrame, curves: pd.DataFrame) -> list[_Content]:
     """The content of every cell of a model, without its parent."""
     contents = []
     for cell, own in rows.groupby("cell", sort=False):
@@ -136,8 +150,16 @@ def _cells(rows: pd.DataFrame) -> list[_Content]:
         metrics = _metrics(own)
         seconds = sum(value for name, value in metrics.items() if name.endswith(".wall_s"))
         start = None if end is None else end - int(1000 * seconds)
-        contents.append(_Content(str(cell), parameters, metrics, tags, start=start, end=end))
+        histories = _histories(curves[(curves["run"] == first["run"]) & (curves["cell"] == cell)], start or 0)
+        contents.append(_Content(str(cell), parameters, metrics, histories, tags, start=start, end=end))
     return contents
+
+
+def _histories(curves: pd.DataFrame, start: int) -> pd.DataFrame:
+    """The curves of one cell under the names they get in MLflow; learning is a cell's first stage."""
+    measured = [name for name in STEP_COLUMNS if name not in ("step", "wall_s")]
+    table = curves[measured].rename(columns="learn.{}".format)
+    return table.assign(step=curves["step"], moment=start + (1000 * curves["wall_s"].cumsum()).astype("Int64"))
 
 
 def _metrics(own: pd.DataFrame) -> dict[str, float]:

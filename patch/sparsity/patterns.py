@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from patch.artefacts import PatchError
@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 class Pattern:
     """One of four kinds: dense, unstructured, n:m, or tiles (each tile dense or 2:4).
 
-    Written as in configs and on the command line: "dense", "unstructured", "2:4", "tiles:128x128".
+    Written as in configs and on the command line: "dense", "unstructured", "2:4", "tiles:128x128", or
+    "tiles:128xK" for panels as wide as the layer has inputs.
     """
 
     kind: str
     n: int = 0
     m: int = 0
     tile: tuple[int, int] = (0, 0)
-    """Tile height (outputs) and width (inputs); tiles at the lower and right edge may be smaller."""
+    """Tile height (outputs) and width (inputs); tiles at the lower and right edge may be smaller. A width of 0
+    stands for all inputs of a layer, whatever their number (see `for_layer`)."""
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
@@ -38,20 +40,20 @@ class Pattern:
             n, m = map(int, found.groups())
             if 0 < n < m:
                 return cls("n:m", n=n, m=m)
-        if found := re.fullmatch(r"tiles:(\d+)x(\d+)", text):
-            height, width = map(int, found.groups())
-            if height > 0 and width > 0 and width % 4 == 0:
+        if found := re.fullmatch(r"tiles:([1-9]\d*)x([1-9]\d*|K)", text):
+            height, width = int(found[1]), 0 if found[2] == "K" else int(found[2])
+            if width % 4 == 0:
                 return cls("tiles", n=2, m=4, tile=(height, width))
         raise PatchError(
-            f"pattern {text!r}: not one of dense, unstructured, N:M with 0 < N < M, "
-            "or tiles:HEIGHTxWIDTH with a width that is a multiple of 4."
+            f"pattern {text!r}: not one of dense, unstructured, N:M with 0 < N < M, or tiles:HEIGHTxWIDTH "
+            "with a width that is a multiple of 4, or K for all inputs of a layer."
         )
 
     def __str__(self) -> str:
         if self.kind == "n:m":
             return f"{self.n}:{self.m}"
         if self.kind == "tiles":
-            return f"tiles:{self.tile[0]}x{self.tile[1]}"
+            return f"tiles:{self.tile[0]}x{self.tile[1] or 'K'}"
         return self.kind
 
     @property
@@ -65,6 +67,19 @@ class Pattern:
         if self.kind == "n:m":
             return 1 - self.n / self.m
         return 0.0 if self.kind == "dense" else None
+
+    def for_layer(self, out_features: int, in_features: int) -> Pattern:
+        """The pattern in a layer of this shape: tiles as wide as the layer get its width, others stay as they are."""
+        if self.kind == "tiles" and self.tile[1] == 0:
+            return replace(self, tile=(self.tile[0], in_features))
+        return self
+
+    def check_sparsity(self, share: float) -> None:
+        """Raise PatchError where no mask of this pattern prunes `share` (0 to 1) of the weights."""
+        if self.kind == "tiles" and share > 0.5:
+            raise PatchError(
+                f"pattern {self}: its tiles are dense or 2:4, so at most 50 % can be pruned, not {100 * share:g} %."
+            )
 
     def check_shape(self, out_features: int, in_features: int, name: str) -> None:
         """Raise PatchError where the groups along the inputs of layer `name` do not divide."""

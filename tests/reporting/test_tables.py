@@ -125,6 +125,21 @@ def test_missing_cells_are_dashes_with_their_reason_below(runs: pd.DataFrame) ->
     assert "- qwen MaskLLM 2:4 50 %: MaskLLM cannot be run by this version" in text
 
 
+def test_learned_rows_stand_among_the_others(learned: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    table = accuracy(learned[0], load_accuracy())
+    assert list(zip(table["method"], table["sparsity"], strict=True)) == [
+        ("dense", 0), ("maskllm", 50), ("patch_joint", 45), ("patch_tile", 45), ("patch_joint", 35), ("patch_tile", 35),
+        ("patch_joint", 25), ("patch_tile", 25),
+    ]  # fmt: skip
+    row = pick(table, "qwen", "patch_joint", 45)
+    assert row["pattern"] == "tiles:128x128"
+    assert row["perplexity.wikitext2.published"] == 14.57
+    text = to_markdown(table)
+    assert "| PATCH-Joint | tiles 128x128 |" in text
+    assert "tiles:" not in text
+    assert "tiles 128x128" in to_latex(table)
+
+
 def test_latex(runs: pd.DataFrame) -> None:
     text = to_latex(accuracy(runs, load_accuracy()))
     body = [line for line in text.splitlines() if line.endswith("\\\\")]

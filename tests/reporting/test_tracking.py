@@ -11,16 +11,23 @@ from patch.artefacts import PatchError
 from patch.reporting.tracking import track
 
 
-def test_track(runs: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_track(
+    runs: pd.DataFrame,
+    learned: tuple[pd.DataFrame, pd.DataFrame],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
-    runs = runs[runs["sparsity"].isin([0, 50])]
+    joint = learned[0][(learned[0]["method"] == "patch_joint") & (learned[0]["sparsity"] == 45)]
+    curves = learned[1]
+    runs = pd.concat([runs[runs["sparsity"].isin([0, 50])], joint], ignore_index=True)
     uri = "sqlite:///results/mlflow.db"
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "accuracy.md").write_text("| a |")
     artifacts = [tmp_path / "tables"]
 
-    # 2 dense, 3 + 2 pruned, 1 more seed; the missing and the excluded cell are not written
-    assert track(runs, uri, artifacts) == {"new": 8, "changed": 0, "unchanged": 0}
+    # 2 dense, 3 + 2 pruned, 1 more seed, 1 learned; the missing and the excluded cell are not written
+    assert track(runs, curves, uri, artifacts) == {"new": 9, "changed": 0, "unchanged": 0}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results", "tables"]
     kept = list((tmp_path / "results" / "mlflow-artifacts" / "synthetic").glob("*/artifacts/tables/accuracy.md"))
     assert [path.read_text() for path in kept] == ["| a |"]
@@ -58,25 +65,40 @@ def test_track(runs: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not [name for name in metrics if "layers" in name or "anatomy" in name]
     assert run.info.end_time - run.info.start_time == 15750
 
+    # a learned cell has its curves, step by step, in the time of its first stage
+    run = cells["qwen/patch_joint/45-tiles128x128"]
+    own = curves[curves["cell"] == run.info.run_name]
+    history = client.get_metric_history(run.info.run_id, "learn.cross_entropy")
+    assert [point.step for point in history] == list(range(1, 81))
+    assert [point.value for point in history] == pytest.approx(list(own["cross_entropy"]))
+    assert history[-1].timestamp - run.info.start_time == pytest.approx(12500, abs=1)
+    assert {name for name in run.data.metrics if name.startswith("learn.")} == {
+        "learn.wall_s", "learn.loss", "learn.cross_entropy", "learn.density", "learn.density_loss", "learn.norm_ratio",
+        "learn.pattern_temperature", "learn.pattern_scale", "learn.tile_temperature", "learn.tile_scale",
+        "learn.learning_rate", "learn.gradient_norm", "learn.tokens_per_second",
+    }  # fmt: skip
+
     # nothing changed: nothing is written
-    assert track(runs, uri, artifacts) == {"new": 0, "changed": 0, "unchanged": 8}
+    assert track(runs, curves, uri, artifacts) == {"new": 0, "changed": 0, "unchanged": 9}
     assert {name: other.info.run_id for name, other in stored("cell").items()} == {
         name: other.info.run_id for name, other in cells.items()
     }
 
-    # one number and one table changed: that cell and the report are replaced
-    runs = runs.copy()
+    # one number, one curve and one table changed: these cells and the report are replaced
+    runs, curves = runs.copy(), curves.copy()
     own = (runs["cell"] == "qwen/sparsegpt/50-2of4") & (runs["subject"] == "wikitext2")
     runs.loc[own, "value"] = 35.0
+    curves.loc[(curves["cell"] == "qwen/patch_joint/45-tiles128x128") & (curves["step"] == 7), "loss"] = 1.0
     (tmp_path / "tables" / "accuracy.md").write_text("| b |")
-    assert track(runs, uri, artifacts) == {"new": 0, "changed": 1, "unchanged": 7}
+    assert track(runs, curves, uri, artifacts) == {"new": 0, "changed": 2, "unchanged": 7}
     again = stored("cell")
-    assert again["qwen/sparsegpt/50-2of4"].info.run_id != run.info.run_id
+    replaced = {name for name, other in again.items() if other.info.run_id != cells[name].info.run_id}
+    assert replaced == {"qwen/sparsegpt/50-2of4", "qwen/patch_joint/45-tiles128x128"}
     assert again["qwen/sparsegpt/50-2of4"].data.metrics["perplexity.wikitext2"] == 35.0
-    assert len(again) == 8
+    assert len(again) == 9
     assert len(stored("report")) == 1
 
 
-def test_missing_artifacts_are_named(runs: pd.DataFrame, tmp_path: Path) -> None:
+def test_missing_artifacts_are_named(runs: pd.DataFrame, no_curves: pd.DataFrame, tmp_path: Path) -> None:
     with pytest.raises(PatchError, match=r"nothing\.md: no such file"):
-        track(runs, f"sqlite:///{tmp_path}/mlflow.db", [tmp_path / "nothing.md"])
+        track(runs, no_curves, f"sqlite:///{tmp_path}/mlflow.db", [tmp_path / "nothing.md"])

@@ -29,6 +29,7 @@ def naive_keep(group: list[float], keep: int) -> list[bool]:
         ("4:8", Pattern("n:m", 4, 8)),
         ("tiles:128x128", Pattern("tiles", 2, 4, (128, 128))),
         ("tiles:3x8", Pattern("tiles", 2, 4, (3, 8))),
+        ("tiles:128xK", Pattern("tiles", 2, 4, (128, 0))),
     ],
 )
 def test_patterns_are_read_and_written_alike(text, pattern):
@@ -49,6 +50,10 @@ def test_patterns_are_read_and_written_alike(text, pattern):
         "tiles",
         "tiles:128",
         "tiles:0x8",
+        "tiles:8x0",
+        "tiles:08x8",
+        "tiles:8xk",
+        "tiles:Kx8",
         "tiles:8x6",
         "tiles:8X8",
         "Dense",
@@ -61,8 +66,30 @@ def test_what_is_not_a_pattern_is_refused_by_name(text):
 
 
 def test_slugs_are_parts_of_file_names():
-    texts = ("dense", "unstructured", "2:4", "tiles:128x64")
-    assert [Pattern.parse(text).slug for text in texts] == ["dense", "unstructured", "2of4", "tiles128x64"]
+    texts = ("dense", "unstructured", "2:4", "tiles:128x64", "tiles:128xK")
+    slugs = ["dense", "unstructured", "2of4", "tiles128x64", "tiles128xK"]
+    assert [Pattern.parse(text).slug for text in texts] == slugs
+
+
+def test_panels_are_as_wide_as_the_layer():
+    assert str(Pattern.parse("tiles:128xK").for_layer(64, 96)) == "tiles:128x96"
+
+
+@pytest.mark.parametrize("text", ["dense", "unstructured", "2:4", "tiles:128x64"])
+def test_other_patterns_are_the_same_in_every_layer(text):
+    assert Pattern.parse(text).for_layer(64, 96) == Pattern.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "share"), [("tiles:8x8", 0.5), ("tiles:8xK", 0.0), ("unstructured", 0.9), ("1:4", 0.75)]
+)
+def test_sparsities_that_a_pattern_reaches_pass(text, share):
+    Pattern.parse(text).check_sparsity(share)
+
+
+def test_tiles_prune_at_most_half():
+    with pytest.raises(PatchError, match=r"pattern tiles:8x8: its tiles are dense or 2:4, so at most 50 %.*not 55 %"):
+        Pattern.parse("tiles:8x8").check_sparsity(0.55)
 
 
 @pytest.mark.parametrize(

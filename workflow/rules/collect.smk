@@ -9,9 +9,11 @@ localrules:
 rule collect:
     input:
         cell_records,
+        cell_curves,
     output:
         parquet=f"{RUN}/runs.parquet",
         csv=f"{RUN}/runs.csv",
+        curves=f"{RUN}/curves.parquet",
         experiment=f"{RUN}/experiment.json",
     log:
         f"{LOGS}/collect.log",
@@ -29,6 +31,7 @@ rule collect:
 rule mlflow:
     input:
         runs=f"{RUN}/runs.parquet",
+        curves=f"{RUN}/curves.parquet",
         artifacts=TABLES + FIGURES,
     output:
         f"{RUN}/mlflow.json",

@@ -26,7 +26,8 @@ RUN = f"results/{EXPERIMENT.name}"
 LOGS = f"logs/{EXPERIMENT.name}"
 # Finished parts of evaluations and learning: undeclared, since Snakemake deletes outputs before a retry.
 STATE = "results/state"
-CELLS = {cell.path: cell for cell in GRID.cells}
+# All cells that are computed; those that others only learn from are not evaluated.
+CELLS = {cell.path: cell for cell in GRID.prerequisites + GRID.cells}
 ENVIRONMENT = "../../environment.yml"
 # Jobs that compute take one of the `gpu` resource; `--resources gpu=1` then keeps them from sharing one.
 GPUS = int(
@@ -40,7 +41,12 @@ TABLES = expand(
     name=TABLE_NAMES,
     form=["csv", "md", "tex", "html"],
 )
-FIGURE_NAMES = ["perplexity_vs_sparsity", "accuracy_vs_sparsity", "sparsity_by_layer"]
+FIGURE_NAMES = [
+    "perplexity_vs_sparsity",
+    "accuracy_vs_sparsity",
+    "sparsity_by_layer",
+    "training_curves",
+]
 FIGURES = expand(
     f"{RUN}/figures/{{name}}.{{form}}", name=FIGURE_NAMES, form=["pdf", "png"]
 )
@@ -51,6 +57,7 @@ TITLES = {
     "perplexity_vs_sparsity": "Perplexity against sparsity",
     "accuracy_vs_sparsity": "Accuracy against sparsity",
     "sparsity_by_layer": "Sparsity by layer",
+    "training_curves": "Training curves",
 }
 
 if workflow.is_main_process:
@@ -83,6 +90,16 @@ def calibration_options(wildcards):
     )
 
 
+def training_options(wildcards):
+    text = EXPERIMENT.training
+    if not text.generated:
+        return _token_options(text.source, "packed", text.length, text.samples, None)
+    options = ["--source", text.source, "--length", str(text.length)]
+    options += ["--samples", str(text.samples), "--seed", str(text.seed)]
+    options += ["--batch-size", str(text.batch_size)]
+    return shlex.join([*options, "--device", EXPERIMENT.device])
+
+
 def perplexity_options(wildcards):
     text = EXPERIMENT.evaluation.perplexity[wildcards.text]
     return _token_options(text.source, "joined", text.length, text.windows, None)
@@ -104,40 +121,55 @@ def calibration_tokens(wildcards):
     )
 
 
+def training_tokens(wildcards):
+    return f"{RUN}/{CELLS[wildcards.cell].model}/tokens/training.safetensors"
+
+
+def prior_masks(wildcards):
+    """The masks that a learned cell starts from, by role."""
+    prerequisites = CELLS[wildcards.cell].prerequisites
+    return {role: mask_file(cell) for role, cell in prerequisites.items()}
+
+
 def prune_options(wildcards, input):
     cell = CELLS[wildcards.cell]
-    options = [
-        "--method",
-        cell.method,
-        "--pattern",
-        cell.pattern,
-        "--sparsity",
-        f"{cell.sparsity:g}",
-    ]
+    text = ["--calibration", input.calibration] if cell.calibration else []
+    return shlex.join([*_method_options(cell), *text])
+
+
+def learn_options(wildcards, input):
+    cell = CELLS[wildcards.cell]
+    options = ["--training", input.training, "--epochs", str(cell.training.epochs)]
+    for role in cell.prerequisites:
+        options += [f"--{role}-mask", input[role]]
+    return shlex.join([*_method_options(cell), *options])
+
+
+def _method_options(cell):
+    options = ["--method", cell.method, "--pattern", cell.pattern]
+    options += ["--sparsity", f"{cell.sparsity:g}"]
     for name, value in cell.options.items():
         options += ["--set", f"{name}={json.dumps(value)}"]
-    options += ["--calibration", input.calibration] if cell.calibration else []
-    return shlex.join(
-        [*options, "--seed", str(cell.seed), "--device", EXPERIMENT.device]
-    )
+    return [*options, "--seed", str(cell.seed), "--device", EXPERIMENT.device]
 
 
 def cell_model(wildcards):
     return f"{RUN}/{CELLS[wildcards.cell].model}/model.json"
 
 
+def mask_file(cell):
+    return f"{RUN}/{cell.path}/{cell.mask_stage}/mask.safetensors"
+
+
 def cell_mask(wildcards):
-    return (
-        []
-        if CELLS[wildcards.cell].method == "dense"
-        else f"{RUN}/{wildcards.cell}/prune/mask.safetensors"
-    )
+    cell = CELLS[wildcards.cell]
+    return mask_file(cell) if cell.mask_stage else []
 
 
 def cell_texts(wildcards):
     model = CELLS[wildcards.cell].model
     return {
-        text: f"{RUN}/{model}/tokens/{text}.safetensors"
+        text: f"{RUN}/{model}/tokens/text-{text}.safetensors"
         for text in EXPERIMENT.evaluation.perplexity
     }
 
@@ -176,10 +208,20 @@ def task_options():
 
 
 def cell_records(wildcards):
-    """The records of all cells: what the runs table is made of."""
-    pruned = [path for path, cell in CELLS.items() if cell.method != "dense"]
-    return [f"{RUN}/{path}/prune/record.json" for path in pruned] + [
-        f"{RUN}/{path}/evaluate/record.json" for path in CELLS
+    """The records of all cells of the grid: what the runs table is made of."""
+    return [
+        f"{RUN}/{cell.path}/{stage}/record.json"
+        for cell in GRID.cells
+        for stage in (cell.mask_stage, "evaluate")
+        if stage
+    ]
+
+
+def cell_curves(wildcards):
+    return [
+        f"{RUN}/{cell.path}/learn/curves.parquet"
+        for cell in GRID.cells
+        if cell.mask_stage == "learn"
     ]
 
 

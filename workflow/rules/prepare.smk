@@ -34,11 +34,32 @@ rule prepare_calibration:
         "python -m patch prepare tokens --model {input.model} {params.options} --output {output} > {log} 2>&1"
 
 
+# Text from a data set is only tokenised; text of the source "self" is written by the model, which wants a GPU.
+rule prepare_training:
+    input:
+        model=f"{RUN}/{{model}}/model.json",
+    output:
+        f"{RUN}/{{model}}/tokens/training.safetensors",
+    log:
+        f"{LOGS}/{{model}}/training.log",
+    benchmark:
+        f"{LOGS}/{{model}}/training.tsv"
+    conda:
+        ENVIRONMENT
+    resources:
+        gpu=GPUS * EXPERIMENT.training.generated,
+    params:
+        options=training_options,
+        code=code_hash("prepare"),
+    shell:
+        "python -m patch prepare tokens --model {input.model} {params.options} --output {output} > {log} 2>&1"
+
+
 rule prepare_text:
     input:
         model=f"{RUN}/{{model}}/model.json",
     output:
-        f"{RUN}/{{model}}/tokens/{{text}}.safetensors",
+        f"{RUN}/{{model}}/tokens/text-{{text}}.safetensors",
     log:
         f"{LOGS}/{{model}}/text-{{text}}.log",
     benchmark:

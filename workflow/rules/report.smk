@@ -39,7 +39,8 @@ rule tables:
 
 rule figures:
     input:
-        f"{RUN}/runs.parquet",
+        runs=f"{RUN}/runs.parquet",
+        curves=f"{RUN}/curves.parquet",
     output:
         expand(f"{RUN}/figures/{{name}}.pdf", name=FIGURE_NAMES),
         *[
@@ -61,4 +62,4 @@ rule figures:
         directory=subpath(output[0], parent=True),
         code=code_hash("report"),
     shell:
-        "python -m patch figures {input} --output {params.directory} > {log} 2>&1"
+        "python -m patch figures {input.runs} --output {params.directory} > {log} 2>&1"

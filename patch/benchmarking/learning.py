@@ -1,0 +1,325 @@
+"""The cost of one mask-learning step beside the official code's and beside a dense step without any masks.
+
+A step is one optimiser step, of one sequence unless said otherwise. All contenders run the same model with random
+weights in bfloat16 on one GPU:
+
+* ours: the trainer's own step.
+* official: the functions of a checkout of Paramathic/patch, driven as its trainer drives them (all masks of the model
+  made in a forward pre-hook, both regularisers, gradient checkpointing of every block, bfloat16 logits, AdamW), eager
+  and with the mask functions and the blocks compiled.
+* dense: our trainer's model, loss, checkpointing, compiled blocks and optimiser, with gradients for the linear weights
+  and no mask work: what a step costs before masks come in.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import logging
+import statistics
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from patch.artefacts import PatchError
+from patch.benchmarking.shapes import random_model
+from patch.data import TokenSet
+from patch.kernels.adamw import FusedAdamW
+from patch.learning.graphs import Replayed
+from patch.learning.objective import NextTokenLoss
+from patch.learning.parametrisation import run_block
+from patch.learning.trainer import Trainer, make_masks
+from patch.methods import Learned, make_method
+from patch.models import decoder_blocks, prunable_linears, vocabulary_size
+from patch.provenance import stamp
+from patch.sparsity.patterns import Pattern
+
+WARM_UP, REPEATS = 5, 10
+SPARSITY = 0.45
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fast": {
+        "checkpointing": "off",
+        "optimizer": "adamw_8bit",
+        "logits_dtype": "bfloat16",
+        "gradient_dtype": "bfloat16",
+    },
+    "lean": {
+        "checkpointing": "activations",
+        "optimizer": "adamw_8bit",
+        "logits_dtype": "bfloat16",
+        "gradient_dtype": "bfloat16",
+    },
+    "leanest": {
+        "checkpointing": "all",
+        "optimizer": "adamw_8bit",
+        "logits_dtype": "bfloat16",
+        "gradient_dtype": "bfloat16",
+    },
+    "default": {},
+}
+"""Hyper-parameters on top of the method's defaults. fast: keep activations. lean: recompute them. leanest: and the
+effective weights. default: the paper's, everything in float32, activations recomputed."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Cost:
+    milliseconds: float
+    """Median of a step."""
+    peak_gib: float
+    """Largest allocated device memory during the steps, model included."""
+
+
+def measure(
+    shape: str, mode: str, settings: Sequence[str], tokens: int, official: Path | None, micro_batches: int = 1
+) -> Iterator[dict[str, Any]]:
+    """Rows of results/reference/mask_learning.csv, one for each setting.
+
+    shape: one of SHAPES; mode: maskllm, patch_joint or patch_tile; official: checkout of Paramathic/patch, or None to
+    leave its columns empty (as where its step does not fit the memory). micro_batches: sequences of `tokens` per
+    optimiser step; the official code is timed with one.
+    """
+    if not torch.cuda.is_available():
+        raise PatchError("benchmark learning: needs a CUDA GPU.")
+    theirs = compiled = None
+    if official is not None:
+        theirs = _cost("official", lambda: official_steps(shape, mode, tokens, official, compiled=False))
+        compiled = _cost("official, compiled", lambda: official_steps(shape, mode, tokens, official, compiled=True))
+    for setting in settings:
+        method = make_method(
+            mode, {**SETTINGS[setting], **_NO_PRIORS[mode], "steps": 10_000, "batch_size": micro_batches}
+        )
+        assert isinstance(method, Learned)
+        ours = _cost(f"ours, {setting}", partial(our_steps, shape, method, tokens))
+        dense = _cost(f"dense, {setting}", partial(dense_steps, shape, method, tokens))
+        row: dict[str, Any] = {
+            "model": shape,
+            "mode": mode,
+            "setting": setting,
+            "tokens": tokens * micro_batches,
+            "ours_ms": ours.milliseconds,
+            "official_ms": theirs.milliseconds if theirs else None,
+            "compiled_official_ms": compiled.milliseconds if compiled else None,
+            "dense_step_ms": dense.milliseconds,
+            "speedup": theirs.milliseconds / ours.milliseconds if theirs else None,
+            "overhead_over_dense": ours.milliseconds / dense.milliseconds,
+            "ours_peak_gib": ours.peak_gib,
+            "official_peak_gib": theirs.peak_gib if theirs else None,
+            "memory_ratio": ours.peak_gib / theirs.peak_gib if theirs else None,
+        }
+        rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}
+        yield rounded | stamp()
+
+
+_NO_PRIORS = {
+    "maskllm": {"pattern_prior_strength": 0},
+    "patch_joint": {"pattern_prior_strength": 0, "tile_prior_strength": 0},
+    "patch_tile": {"tile_prior_strength": 0},
+}
+
+Step = Callable[[], None]
+
+
+def our_steps(shape: str, method: Learned, tokens: int) -> Iterator[Step]:
+    model = random_model(shape, "cuda")
+    pattern = Pattern.parse("2:4" if method.title == "MaskLLM" else "tiles:128x128")
+    masks = make_masks(model, method, pattern, SPARSITY, {}, seed=0, device=torch.device("cuda"), compiled=True)
+    trainer = Trainer(model, masks, _tokens(model, tokens), seed=0)
+    trainer.prepare()
+    count = iter(range(10_000))
+
+    def step() -> None:
+        trainer.step(next(count))
+
+    yield step
+
+
+def dense_steps(shape: str, method: Learned, tokens: int) -> Iterator[Step]:
+    model = random_model(shape, "cuda")
+    ids = _tokens(model, tokens).ids
+    weights = [linear.weight.requires_grad_() for linear in prunable_linears(model).values()]
+    _, blocks = decoder_blocks(model)
+    compiled = torch.compile(run_block, dynamic=False)
+    for block in blocks:
+        own = {name: parameter for name, parameter in block.named_parameters() if parameter.requires_grad}
+        block.forward = _dense_forward(block, own, compiled, method.checkpointing != "off")
+    loss_of = NextTokenLoss(model)
+    bits = 8 if method.optimizer == "adamw_8bit" else 32
+    optimizer = FusedAdamW(weights, lr=1e-9, betas=method.betas, state_bits=bits, stochastic_rounding=True)
+    batch = torch.zeros(1, tokens, dtype=torch.int64, device="cuda")
+
+    def forward_backward() -> Tensor:
+        if method.batch_size == 1:
+            for weight in weights:
+                weight.grad = None  # overwritten rather than added to, as in our trainer
+        loss = loss_of(batch)
+        loss.backward()
+        return loss.detach()
+
+    micro_batch = Replayed(forward_backward, capture=True)
+    count = iter(range(10_000))
+
+    def step() -> None:
+        if method.batch_size > 1:
+            for weight in weights:
+                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad.zero_()
+        for _ in range(method.batch_size):
+            batch.copy_(ids[next(count) % len(ids)].view(1, -1), non_blocking=True)
+            loss = micro_batch()
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        norm = torch.stack(torch._foreach_norm(gradients)).norm().float()
+        loss.item()
+        optimizer.step(gradients=gradients, gradient_scale=(1 / (norm + 1e-6)).clamp_max(1.0))
+
+    yield step
+
+
+def _dense_forward(
+    block: nn.Module, weights: Mapping[str, Tensor], compiled: Callable[..., Any], checkpointing: bool
+) -> Callable[..., Any]:
+    def forward(hidden: Tensor, *positional: Any, **named: Any) -> Any:
+        def compute(hidden: Tensor) -> Any:
+            vars(block).pop("forward")  # the class's own, or the compiled call would come back here
+            try:
+                return compiled(block, weights, hidden, positional, named)
+            finally:
+                block.forward = forward
+
+        if not checkpointing:
+            return compute(hidden)
+        return checkpoint(compute, hidden, use_reentrant=False, preserve_rng_state=False)
+
+    return forward
+
+
+def official_steps(shape: str, mode: str, tokens: int, checkout: Path, *, compiled: bool) -> Iterator[Step]:
+    """The loop of `fine_tune_mask.py` and `mask_trainer.py` around the checkout's own functions."""
+    theirs = _load_official(checkout)
+    model = random_model(shape, "cuda")
+    model.config.use_cache = False
+    linears = prunable_linears(model)
+    joint = torch.compile(theirs.patch_joint) if compiled else theirs.patch_joint
+    names = {"maskllm": "mask_llm", "patch_joint": "joint", "patch_tile": "tile"}
+    compressed = random_model(shape, "cuda") if mode == "patch_tile" else model
+    theirs.add_mask_parameters(model, compressed, None, names[mode], (128, 128), torch.bfloat16, 0.0, 0.0, 1 - SPARSITY)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    _, blocks = decoder_blocks(model)
+    for block in blocks:
+        block.forward = _checkpointed(torch.compile(block.forward) if compiled else block.forward)
+
+    def make_masks_hook(module: nn.Module, arguments: Any) -> None:
+        for layer in linears.values():
+            pattern = (layer.weight.shape, model.mask_choices, False, 4.0, 100.0) if mode != "patch_tile" else ()
+            tile = (False, 4.0, 25.0, 128, 128)
+            if mode == "maskllm":
+                layer.last_mask = theirs.create_2_4_mask(layer.mask_2_4, *pattern)
+            elif mode == "patch_joint":
+                layer.last_mask = joint(layer.mask_2_4, *pattern, layer.tile_mask, *tile)
+            else:
+                layer.last_mask = theirs.patch_tile_only(layer.fixed_mask_2_4, layer.tile_mask, *tile)
+
+    model.register_forward_pre_hook(make_masks_hook)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    ids = _tokens(model, tokens).ids
+    count = iter(range(10_000))
+
+    def step() -> None:
+        batch = ids[next(count) % len(ids)].view(1, -1).to("cuda").long()
+        loss = model(input_ids=batch, labels=batch).loss
+        if mode != "maskllm":
+            density = theirs.compute_model_density_ratio(model, loss.device)
+            loss = loss + (torch.abs(density - (1 - SPARSITY)) * 7).sum()
+        loss = loss - theirs.compute_weight_sum(model, loss.device, mode == "maskllm")[0] * 10
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    yield step
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def checkpointed(*positional: Any, **named: Any) -> Any:
+        return checkpoint(lambda *inner: forward(*inner, **named), *positional, use_reentrant=False)
+
+    return checkpointed
+
+
+def _load_official(checkout: Path) -> types.SimpleNamespace:
+    """Its mask and regulariser functions. What those files import beside PyTorch is not used by them here."""
+    absent = {
+        "wandb": {},
+        "slim_local": {},
+        "slim_local.slim": {},
+        "slim_local.slim.utils": {"find_layers": None, "get_layers_list": None},
+    }
+    functions: dict[str, Any] = {}
+    with _stand_ins(absent):
+        for name in ("learnable_mask", "regularizers"):
+            path = checkout / "patch" / f"{name}.py"
+            if not path.is_file():
+                raise PatchError(f"{path}: no such file; --official takes a checkout of github.com/Paramathic/patch.")
+            spec = importlib.util.spec_from_file_location(f"official_{name}", path)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module  # torch.compile looks functions up there
+            spec.loader.exec_module(module)
+            functions |= vars(module)
+    return types.SimpleNamespace(**functions)
+
+
+@contextmanager
+def _stand_ins(modules: dict[str, dict[str, Any]]) -> Iterator[None]:
+    added = [name for name in modules if name not in sys.modules]
+    for name in added:
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(modules[name])
+    try:
+        yield
+    finally:
+        for name in added:
+            del sys.modules[name]
+
+
+def _tokens(model: PreTrainedModel, length: int) -> TokenSet:
+    ids = torch.randint(vocabulary_size(model), (8, length), generator=torch.Generator().manual_seed(0))
+    return TokenSet(ids.int(), {"source": "random"})
+
+
+def _cost(name: str, make: Callable[[], Iterator[Step]]) -> Cost:
+    """Time the steps one by one with events, after warming up; frees everything afterwards."""
+    torch.compiler.reset()
+    steps = make()
+    step = next(steps)
+    for _ in range(WARM_UP):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(REPEATS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    del step
+    steps.close()  # type: ignore[attr-defined]
+    gc.collect()
+    torch.cuda.empty_cache()
+    cost = Cost(statistics.median(times), peak)
+    log.info("%s: %.1f ms, %.2f GiB", name, cost.milliseconds, cost.peak_gib)
+    return cost

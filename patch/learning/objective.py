@@ -1,0 +1,99 @@
+"""The training loss: next-token cross-entropy plus the two regularisers (PATCH equation 6.5).
+
+Where the paper's formula and the official code differ, the code's reading is the default, since the published
+numbers come from it: the norm term is a ratio of norms, not of squares, and fades to 0 over the steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, masking_utils
+
+from patch.artefacts import PatchError
+from patch.models import vocabulary_size
+
+LOGIT_BYTES_PER_CHUNK = 2**27
+"""Float32 logits of so many bytes exist at a time, whatever the vocabulary."""
+
+
+class NextTokenLoss:
+    """Mean cross-entropy of a causal LM whose logits never exist as a whole.
+
+    With 4096 tokens and a vocabulary of 152,000 the float32 logits alone would take 2.5 GB, several times over.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self._body = model.base_model
+        head = model.get_output_embeddings()
+        if head is None:
+            raise PatchError(f"model {type(model).__name__}: has no output embeddings, so it is not a causal LM.")
+        self._head = head
+        self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self._tokens_per_chunk = max(64, LOGIT_BYTES_PER_CHUNK // (4 * vocabulary_size(model)))
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """ids: [sequences, length], integer. Returns a float32 scalar: nats per predicted token, the mean over all."""
+        with _one_document_per_sequence():
+            hidden = self._body(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        targets = ids[:, 1:].flatten().long()
+        return _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), targets, self._logits, self._tokens_per_chunk)
+
+    @torch.no_grad()
+    def check(self, model: PreTrainedModel, ids: Tensor) -> None:
+        """Raise PatchError for an architecture that does more to its logits than is accounted for here."""
+        short = ids[:1, :8].long()
+        ours = self._logits(self._body(input_ids=short, use_cache=False).last_hidden_state)
+        theirs = model(input_ids=short, use_cache=False).logits
+        if not torch.allclose(ours.float(), theirs.float(), atol=1e-2, rtol=1e-2):
+            raise PatchError(
+                f"model {type(model).__name__}: transforms its logits in a way that mask learning does not know."
+            )
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self._head(hidden)
+        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+
+
+@contextlib.contextmanager
+def _one_document_per_sequence() -> Iterator[None]:
+    """Keep transformers from looking for several documents in a sequence: packed training text attends across them.
+
+    The search reads a result back from the device in every forward pass, and while a CUDA graph is captured, where
+    it cannot, it gives up causal attention without an explicit mask.
+    """
+    found = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = found
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Loss and its gradient by the hidden states in one pass over chunks of tokens; the head stays frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, logits_of: Callable[[Tensor], Tensor], tokens: int
+    ) -> Tensor:
+        gradient = torch.empty_like(hidden)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for part, target, into in zip(hidden.split(tokens), targets.split(tokens), gradient.split(tokens), strict=True):
+            with torch.enable_grad():
+                leaf = part.detach().requires_grad_()
+                summed = torch.nn.functional.cross_entropy(logits_of(leaf).float(), target, reduction="sum")
+                loss = summed / len(targets)
+            total += loss.detach()
+            into.copy_(torch.autograd.grad(loss, leaf)[0])
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.to(gradient.dtype), None, None, None

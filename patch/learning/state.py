@@ -1,0 +1,65 @@
+"""The saved state of a learning job, from which an interrupted one goes on as if nothing had happened.
+
+One file per process and saved step, `step-000150.rank-0.safetensors`, in a directory that belongs to the job's key; the
+last two steps are kept. Data order, noise and schedules follow from the step, so logits, optimiser and
+curves are all there is to keep.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from patch.artefacts import PatchError, read_tensors, write_tensors
+
+SCHEMA = "patch.learning/1"
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class State:
+    step: int
+    """Optimiser steps done."""
+    tensors: dict[str, Tensor]
+    curves: list[dict[str, float]]
+
+
+class StateDirectory:
+    """Where one process keeps its states. Different settings have different identities and never mix."""
+
+    def __init__(self, directory: Path, identity: dict[str, Any], rank: int):
+        """identity: everything that determines the run, the number of processes included (JSON)."""
+        self.directory, self.identity, self.rank = directory, identity, rank
+
+    def save(self, state: State) -> None:
+        """Write atomically, then delete all but the last two."""
+        metadata = {"identity": self.identity, "step": state.step, "curves": state.curves}
+        write_tensors(self._path(state.step), state.tensors, SCHEMA, metadata)
+        abandoned = self.directory.glob(f".step-*.rank-{self.rank}.*")  # of processes that were killed while writing
+        for path in [*abandoned, *(self._path(step) for step in self._steps()[:-KEPT])]:
+            path.unlink(missing_ok=True)
+
+    def newest(self) -> int:
+        """Step of the newest saved state, 0 where there is none."""
+        return max(self._steps(), default=0)
+
+    def load(self, step: int) -> State:
+        """Raises PatchError for a damaged file, and for one of other settings or another number of processes."""
+        tensors, metadata, _ = read_tensors(self._path(step), SCHEMA)
+        if metadata["identity"] != self.identity:
+            raise PatchError(
+                f"{self._path(step)}: belongs to a run with other settings or another number of processes; "
+                "use the same settings, or delete it to start anew."
+            )
+        return State(metadata["step"], tensors, metadata["curves"])
+
+    def _steps(self) -> list[int]:
+        files = self.directory.glob(f"step-*.rank-{self.rank}.safetensors")
+        return sorted(int(found[1]) for file in files if (found := re.match(r"step-(\d+)\.", file.name)))
+
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step-{step:06d}.rank-{self.rank}.safetensors"

@@ -1,0 +1,42 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+
+from patch.artefacts import PatchError
+from patch.learning import objective
+from patch.learning.objective import NextTokenLoss
+
+
+def test_chunked_loss_and_its_gradient_are_those_of_the_whole_model(
+    tiny_model: Callable[..., transformers.PreTrainedModel], monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    monkeypatch.setattr(objective, "LOGIT_BYTES_PER_CHUNK", 4 * 256 * 64)  # 64 tokens per chunk, 115 in all
+    model = tiny_model(architecture)
+    ids = torch.randint(3, 256, (5, 24), generator=torch.Generator().manual_seed(1))
+    weight = next(p for name, p in model.named_parameters() if "layers.0" in name and "q_proj.weight" in name)
+    weight.requires_grad_()
+    loss = NextTokenLoss(model)(ids)
+    (ours,) = torch.autograd.grad(loss, weight)
+    (theirs,) = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, weight)
+    torch.testing.assert_close(loss, model(input_ids=ids, labels=ids).loss)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_an_architecture_that_changes_its_logits_is_refused(
+    tiny_model: Callable[..., transformers.PreTrainedModel],
+) -> None:
+    class Scaled(torch.nn.Module):
+        def __init__(self, model: transformers.PreTrainedModel):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> object:
+            output = self.model(input_ids=input_ids, use_cache=use_cache)
+            output.logits = output.logits * 7
+            return output
+
+    model = tiny_model("llama")
+    with pytest.raises(PatchError, match="transforms its logits"):
+        NextTokenLoss(model).check(Scaled(model), torch.tensor([[5, 6, 7]]))  # type: ignore[arg-type]

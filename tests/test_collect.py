@@ -1,0 +1,154 @@
+"""From records to the runs table and the table of curves; what is missing, and what is stale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from patch.artefacts import PatchError
+from patch.collect import (
+    COLUMNS,
+    CURVE_COLUMNS,
+    STEP_COLUMNS,
+    collect,
+    collect_curves,
+    read_curves,
+    read_runs,
+    write_curves,
+    write_runs,
+)
+from patch.experiments import Cell, Experiment, Stage, load_experiment
+from patch.records import Metric, Record
+
+MASKLLM, TILE, WANDA = "tiny/maskllm/50-2of4", "tiny/patch_tile/45-tiles8x8", "tiny/wanda/50-2of4"
+ORIGIN = {
+    "commit": "0123", "dirty": False, "gpu": None, "cpu": "a CPU",
+    "versions": {"torch": "2", "transformers": "5", "lm-eval": "0.4"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def experiment() -> Experiment:
+    config = {
+        "name": "test",
+        "models": {"tiny": {"source": "./tiny"}},
+        "grid": [
+            {"methods": ["dense", "wanda", "maskllm"]},
+            {"methods": ["patch_tile"], "patterns": ["tiles:8x8"], "sparsities": [45]},
+        ],
+    }
+    return load_experiment([], config)
+
+
+@pytest.fixture
+def results(experiment: Experiment, tmp_path: Path) -> Path:
+    """All cells finished."""
+    for cell in experiment.cells():
+        if cell.mask_stage:
+            layer = Metric("model.layers.0.mlp.up_proj", "sparsity", cell.sparsity / 100, samples=50)
+            metrics = [Metric("model", "sparsity", cell.sparsity / 100 - 0.01, samples=100), layer]
+            metrics += [Metric("model", "train_cross_entropy", 2.5, samples=3)] if cell.mask_stage == "learn" else []
+            finish(tmp_path, cell, cell.mask_stage, metrics)
+        finish(tmp_path, cell, "evaluate", [Metric("wikitext2", "perplexity", 12.0, 0.5, 6)])
+    return tmp_path
+
+
+def finish(results: Path, cell: Cell, stage: Stage, metrics: list[Metric], **changes: object) -> None:
+    directory = results / "test" / cell.path / stage
+    record = Record(stage, **({"key": cell.key(stage), "arguments": {}} | changes))  # type: ignore[arg-type]
+    record.metrics, record.provenance, record.cost, record.date = metrics, ORIGIN, {"wall_s": 2.0}, "2026-01-02"
+    if stage == "learn":
+        directory.mkdir(parents=True)
+        curves = pd.DataFrame({name: [1.0, 2.0, 3.0] for name in STEP_COLUMNS})
+        curves.to_parquet(directory / "curves.parquet", index=False)
+    record.write(directory)
+
+
+def test_learned_cells_have_the_rows_of_pruned_ones(experiment: Experiment, results: Path) -> None:
+    runs = collect(experiment, results)
+    assert set(runs["status"]) == {"done"}
+    stages = {cell: list(rows["stage"].unique()) for cell, rows in runs.groupby("cell")}
+    assert stages == {
+        "tiny/dense": ["evaluate"], WANDA: ["prune", "evaluate"],
+        MASKLLM: ["learn", "evaluate"], TILE: ["learn", "evaluate"],
+    }  # fmt: skip
+    tile = runs[runs["cell"] == TILE]
+    assert set(tile["realised_sparsity"].round(6)) == {44.0}
+    values = {(row.stage, row.subject, row.metric): row.value for row in tile.itertuples()}
+    assert values == {
+        ("learn", "model", "sparsity"): 0.44,
+        ("learn", "model.layers.0.mlp.up_proj", "sparsity"): 0.45,
+        ("learn", "model", "train_cross_entropy"): 2.5,
+        ("learn", "model", "wall_s"): 2.0,
+        ("evaluate", "wikitext2", "perplexity"): 12.0,
+        ("evaluate", "model", "wall_s"): 2.0,
+    }
+
+
+def test_prerequisites_are_in_no_table(experiment: Experiment, results: Path) -> None:
+    finish(results, experiment.expand().prerequisites[0], "prune", [])
+    assert not collect(experiment, results)["method"].eq("sparsegpt").any()
+
+
+def test_curves_are_those_of_learned_cells(experiment: Experiment, results: Path) -> None:
+    curves = collect_curves(experiment, results)
+    assert list(curves) == list(CURVE_COLUMNS)
+    assert curves.groupby("cell")["step"].apply(list).to_dict() == {MASKLLM: [1, 2, 3], TILE: [1, 2, 3]}
+    first = curves.iloc[0]
+    assert (first["method"], first["title"], first["sparsity"], first["loss"]) == ("maskllm", "MaskLLM", 50, 1.0)
+
+
+def test_schedules_that_a_method_does_not_have_are_missing(experiment: Experiment, results: Path) -> None:
+    curves = collect_curves(experiment, results)
+    known = curves.groupby("cell")[["pattern_scale", "pattern_temperature", "tile_scale", "tile_temperature"]].count()
+    assert known.loc[MASKLLM].tolist() == [3, 3, 0, 0]
+    assert known.loc[TILE].tolist() == [0, 0, 3, 3]
+
+
+def test_masks_of_other_settings_or_code_count_as_missing(experiment: Experiment, results: Path) -> None:
+    cell = next(cell for cell in experiment.cells() if cell.path == MASKLLM)
+    (results / "test" / MASKLLM / "learn" / "curves.parquet").unlink()
+    (results / "test" / MASKLLM / "learn").rename(results / "old")
+    finish(results, cell, "learn", [], key="other")
+    runs = collect(experiment, results)
+    row = runs[runs["cell"] == MASKLLM].iloc[0]
+    assert row["status"] == "missing"
+    assert row["reason"].endswith("learn: made by other settings or code; run the stage again")
+    assert set(collect_curves(experiment, results)["cell"]) == {TILE}
+
+
+def test_a_learned_cell_that_is_not_yet_evaluated_has_its_curves(experiment: Experiment, results: Path) -> None:
+    (results / "test" / TILE / "evaluate" / "record.json").unlink()
+    runs = collect(experiment, results)
+    assert list(runs.loc[runs["cell"] == TILE, "status"]) == ["missing"]
+    assert TILE in set(collect_curves(experiment, results)["cell"])
+
+
+def test_tables_survive_a_round_trip(experiment: Experiment, results: Path, tmp_path: Path) -> None:
+    runs, curves = collect(experiment, results), collect_curves(experiment, results)
+    write_runs(runs, tmp_path / "runs.parquet")
+    write_curves(curves, tmp_path / "runs.parquet")
+    pd.testing.assert_frame_equal(read_runs(tmp_path / "runs.parquet"), runs)
+    pd.testing.assert_frame_equal(read_curves(tmp_path / "runs.parquet"), curves)
+    assert list(pd.read_csv(tmp_path / "runs.csv")) == list(COLUMNS)
+
+
+def test_without_learned_cells_the_table_of_curves_is_empty(experiment: Experiment, results: Path) -> None:
+    one_shot = load_experiment([], experiment.model_dump() | {"only": {"methods": ["dense", "wanda"]}})
+    curves = collect_curves(one_shot, results)
+    assert curves.empty
+    assert list(curves) == list(CURVE_COLUMNS)
+
+
+@pytest.mark.parametrize(("read", "name"), [(read_runs, "runs.parquet"), (read_curves, "curves.parquet")])
+def test_tables_that_cannot_be_read_are_told_by_name(read, name, tmp_path: Path) -> None:
+    with pytest.raises(PatchError, match=f"{name}: no such file; run the stage `collect` first"):
+        read(tmp_path / "runs.parquet")
+    (tmp_path / name).write_text("not Parquet")
+    with pytest.raises(PatchError, match=f"{name}: not a Parquet file"):
+        read(tmp_path / "runs.parquet")
+    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / name)
+    with pytest.raises(PatchError, match=f"{name}: its columns are not those of this version"):
+        read(tmp_path / "runs.parquet")

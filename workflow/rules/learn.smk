@@ -1,0 +1,29 @@
+"""Mask learning: a MaskSet per cell, from one-shot masks and much text. Resumes from its last saved state."""
+
+
+rule learn:
+    input:
+        unpack(prior_masks),
+        model=cell_model,
+        training=training_tokens,
+    output:
+        mask=f"{RUN}/{{cell}}/learn/mask.safetensors",
+        record=f"{RUN}/{{cell}}/learn/record.json",
+        curves=f"{RUN}/{{cell}}/learn/curves.parquet",
+    log:
+        f"{LOGS}/{{cell}}/learn.log",
+    benchmark:
+        f"{LOGS}/{{cell}}/learn.tsv"
+    conda:
+        ENVIRONMENT
+    threads: EXPERIMENT.threads
+    resources:
+        gpu=GPUS,
+    params:
+        options=learn_options,
+        key=lambda wildcards: CELLS[wildcards.cell].key("learn"),
+        directory=subpath(output.record, parent=True),
+        state=f"{STATE}/learn",
+    shell:
+        "python -m patch learn --model {input.model} {params.options}"
+        " --threads {threads} --key {params.key} --state {params.state} --output {params.directory} > {log} 2>&1"
