@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 
@@ -46,7 +47,11 @@ class Replayed:
         torch.cuda.empty_cache()  # what the eager calls left behind would lie beside the graph's own memory
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
+            # compiled functions have met every kind of call by now; none may compile for what only a capture changes
+            with (
+                torch.compiler.set_stance(skip_guard_eval_unsafe=True),
+                torch.cuda.graph(graph, stream=self._stream),
+            ):
                 self._result = self._function()
             self._graph = graph
         except torch.OutOfMemoryError:
@@ -55,6 +60,9 @@ class Replayed:
             cause = error.__context__ or error  # the end of a failed capture raises an error of its own
             log.warning("no CUDA graph for this model, steps will be slower (%s)", str(cause).splitlines()[0])
             self._left = -1
+            del cause
+        if self._graph is None:
+            gc.collect()  # frames of the failed call hold contexts, such as checkpointing's, that must end
 
     def _on_side_stream(self) -> Tensor:
         assert self._stream is not None

@@ -38,7 +38,7 @@ class NextTokenLoss:
 
     def __call__(self, ids: Tensor) -> Tensor:
         """ids: [sequences, length], integer. Returns a float32 scalar: nats per predicted token, the mean over all."""
-        with _one_document_per_sequence():
+        with _plain_causal_attention():
             hidden = self._body(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         targets = ids[:, 1:].flatten().long()
         return _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), targets, self._logits, self._tokens_per_chunk)
@@ -60,18 +60,19 @@ class NextTokenLoss:
 
 
 @contextlib.contextmanager
-def _one_document_per_sequence() -> Iterator[None]:
-    """Keep transformers from looking for several documents in a sequence: packed training text attends across them.
+def _plain_causal_attention() -> Iterator[None]:
+    """Keep transformers from replacing causal attention by an explicit mask, which is slower by far.
 
-    The search reads a result back from the device in every forward pass, and while a CUDA graph is captured, where
-    it cannot, it gives up causal attention without an explicit mask.
+    It looks for several documents in a sequence, and so reads a result back from the device in every forward pass;
+    training text is packed and attends across documents. And while a CUDA graph is captured it makes a mask in any case.
     """
-    found = masking_utils.find_packed_sequence_indices
+    before = masking_utils.find_packed_sequence_indices, masking_utils.is_tracing
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    masking_utils.is_tracing = lambda tensor=None: False
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = found
+        masking_utils.find_packed_sequence_indices, masking_utils.is_tracing = before
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

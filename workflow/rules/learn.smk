@@ -14,6 +14,8 @@ rule learn:
         f"{LOGS}/{{cell}}/learn.log",
     benchmark:
         f"{LOGS}/{{cell}}/learn.tsv"
+    # The longest jobs, and others wait for their masks.
+    priority: 10
     conda:
         ENVIRONMENT
     threads: EXPERIMENT.threads
