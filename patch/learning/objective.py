@@ -64,7 +64,7 @@ def _plain_causal_attention() -> Iterator[None]:
     """Keep transformers from replacing causal attention by an explicit mask, which is slower by far.
 
     It looks for several documents in a sequence, and so reads a result back from the device in every forward pass;
-    training text is packed and attends across documents. And while a CUDA graph is captured it makes a mask in any case.
+    training text is packed and attends across documents. While a CUDA graph is captured it makes a mask in any case.
     """
     before = masking_utils.find_packed_sequence_indices, masking_utils.is_tracing
     masking_utils.find_packed_sequence_indices = lambda position_ids: None

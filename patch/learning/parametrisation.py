@@ -65,8 +65,6 @@ class MaskedLinear:
 class MaskedBlock(nn.Module):
     """A decoder block whose linears compute with sampled effective weights; takes the block's place in the model."""
 
-    codes: Tensor
-
     def __init__(self, block: nn.Module, linears: list[MaskedLinear], masks: LearnableMasks):
         super().__init__()
         self.block = block
@@ -77,7 +75,6 @@ class MaskedBlock(nn.Module):
 
     def forward(self, hidden: Tensor, *positional: Any, **named: Any) -> Any:
         masks = self._masks[0]
-
         recompute = masks.method.checkpointing if torch.is_grad_enabled() else "off"
         kept = None if recompute == "all" else masks.weights_of(self)
 
@@ -292,13 +289,16 @@ class LearnableMasks:
         """Make `norm_term` that of the held weights, with its gradient."""
         self.squared_norms[:] = [norms for _, _, norms in self._sampled]
 
-    def release(self) -> None:
-        """Pass the gradients that the held weights gathered on to the logits."""
+    def release(self, regularisers: Tensor) -> None:
+        """Pass the gradients that the held weights gathered, and those of the regularisers, on to the logits."""
         outputs = [weight for _, weights, _ in self._sampled for weight in weights]
         gradients = [leaf.grad for block, _, _ in self._sampled for leaf in self._held[block][0]]
-        self._held.clear()
+        if regularisers.requires_grad:  # in one pass, since the kernels overwrite their buffers
+            outputs, gradients = [*outputs, regularisers], [*gradients, None]
         torch.autograd.backward(outputs, gradients)
+        self._held.clear()
         self._sampled.clear()
+        self.forget()
 
     def _sampled_weights(self, block: MaskedBlock) -> tuple[list[Tensor], Tensor]:
         weights, norms = self.weights_of(block)

@@ -224,10 +224,8 @@ class Trainer:
             terms += self._micro_batch()
         if per_step:
             self.masks.held_norms()
-            total, terms[1:] = self._regularisers()
-            if total.requires_grad:
-                total.backward(retain_graph=True)
-            self.masks.release()
+            regularisers, terms[1:] = self._regularisers()
+            self.masks.release(regularisers)
         if not self.sharded:
             distributed.average_(self.masks.gradients.values())
         distributed.average_([*self._tile_gradient(), terms])

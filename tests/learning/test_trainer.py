@@ -92,9 +92,17 @@ def test_micro_batches_are_a_matter_of_memory_alone_when_noise_is_drawn_per_step
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-3)
 
 
-def test_gradients_add_up_over_micro_batches(
-    learn: Callable[..., LearnedMasks], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["maskllm", "patch_joint", "patch_tile"])
+def test_noise_per_step_is_noise_per_micro_batch_where_a_step_has_one(
+    learn: Callable[..., LearnedMasks], name: str
 ) -> None:
+    runs = [learn(name, micro_batch_size=4, norm_weight=1.0, noise=noise) for noise in ("step", "micro_batch")]
+    for a, b in zip(runs[0].curves, runs[1].curves, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-3)
+
+
+def test_gradients_add_up_over_micro_batches(learn: Callable[..., LearnedMasks]) -> None:
     """With noise that does not matter, four micro-batches of one are one of four."""
     sharp = {"pattern_scale": (1e5, 1e5), "tile_scale": (1e5, 1e5), "hard_patterns": True, "hard_tiles": True}
     soft = {"pattern_temperature": (1e4, 1e4), "tile_temperature": (1e4, 1e4), "density_weight": 0, "norm_weight": 0}
