@@ -12,6 +12,8 @@ rule prune:
         f"{LOGS}/{{cell}}/prune.log",
     benchmark:
         f"{LOGS}/{{cell}}/prune.tsv"
+    # Before evaluations: learning waits for these masks.
+    priority: 5
     conda:
         ENVIRONMENT
     threads: EXPERIMENT.threads
