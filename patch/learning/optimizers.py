@@ -19,7 +19,7 @@ def make_optimizer(method: Learned, parameters: list[nn.Parameter]) -> torch.opt
     """
     options: dict[str, Any] = {"betas": method.betas, "eps": method.epsilon, "weight_decay": method.weight_decay}
     if method.optimizer == "adamw_torch":
-        return torch.optim.AdamW(parameters, lr=method.learning_rate, **options)
+        return torch.optim.AdamW(parameters, lr=method.learning_rate, fused=True, **options)
     if method.optimizer == "adamw_apex":
         try:
             from apex.optimizers import FusedAdam
