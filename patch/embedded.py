@@ -114,8 +114,8 @@ def _write_task_files(directory: Path, builtin: Path, questions: Path) -> None:
             write_text(directory / source.name, source.read_text())
         else:
             subject = source.stem.removeprefix("mmlu_")
-            data = questions / "hails" / "mmlu_no_train" / subject / "test"
-            _write_task_file(directory, source, source.stem, data, "test")
+            folder = questions / "hails" / "mmlu_no_train" / subject / "test"
+            _write_task_file(directory, source, source.stem, folder, "test")
 
 
 def _write_task_file(directory: Path, builtin: Path, task: str, data: Path, split: str) -> None:
