@@ -451,7 +451,7 @@ def benchmark_learning(
     shape: Annotated[list[str], typer.Option(help="qwen2.5-0.5b, llama-3.2-1b or llama-2-7b; repeat for more.")],
     mode: LearnedMethod = "patch_joint",
     setting: Annotated[
-        list[str] | None, typer.Option(help="fast, lean, leanest or default; repeat for more. Default: fast and lean.")
+        list[str] | None, typer.Option(help="fast, lean or default; repeat for more. Default: fast and lean.")
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the one sequence in a step.", min=2)] = 4096,
     micro_batches: Annotated[int, typer.Option(help="Sequences per optimiser step.", min=1)] = 1,

@@ -39,29 +39,14 @@ from patch.sparsity.patterns import Pattern
 
 WARM_UP, REPEATS = 5, 10
 SPARSITY, TILE = 0.45, (128, 128)
+_COMPACT = {"optimizer": "adamw_8bit", "logits_dtype": "bfloat16", "gradient_dtype": "bfloat16"}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "fast": {
-        "checkpointing": "off",
-        "optimizer": "adamw_8bit",
-        "logits_dtype": "bfloat16",
-        "gradient_dtype": "bfloat16",
-    },
-    "lean": {
-        "checkpointing": "activations",
-        "optimizer": "adamw_8bit",
-        "logits_dtype": "bfloat16",
-        "gradient_dtype": "bfloat16",
-    },
-    "leanest": {
-        "checkpointing": "all",
-        "optimizer": "adamw_8bit",
-        "logits_dtype": "bfloat16",
-        "gradient_dtype": "bfloat16",
-    },
+    "fast": _COMPACT | {"checkpointing": "off"},
+    "lean": _COMPACT | {"checkpointing": "all"},
     "default": {},
 }
-"""Hyper-parameters on top of the method's defaults. fast: keep activations. lean: recompute them. leanest: and the
-effective weights. default: the paper's, everything in float32, activations recomputed."""
+"""Hyper-parameters on top of the method's defaults. fast: keep activations. lean: compute them and the effective
+weights again. default: the paper's, everything in float32, activations computed again."""
 log = logging.getLogger(__name__)
 
 

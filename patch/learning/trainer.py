@@ -265,7 +265,7 @@ class Trainer:
             total = total + self.method.density_weight * miss
             values[0], values[1] = miss.detach(), density.detach().mean()
         else:
-            values[1] = 0.5
+            values[1].fill_(0.5)  # an assignment would copy from the host, which no CUDA graph can hold
         if self.method.norm_weight > 0:
             norm = self.masks.norm_term()
             total = total - self._norm_weight * norm
