@@ -12,6 +12,7 @@ weights in bfloat16 on one GPU:
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from patch.kernels.adamw import FusedAdamW
 from patch.learning.graphs import Replayed
 from patch.learning.objective import NextTokenLoss
 from patch.learning.parametrisation import run_block
+from patch.learning.readback import Readback
 from patch.learning.trainer import Trainer, make_masks
 from patch.methods import Learned, make_method
 from patch.models import decoder_blocks, prunable_linears
@@ -154,8 +156,9 @@ def dense_steps(shape: str, method: Learned, tokens: int) -> Iterator[Step]:
             loss = micro_batch()
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         norm = torch.stack(torch._foreach_norm(gradients)).norm().float()
-        loss.item()
+        number = Readback(loss.view(1))
         optimizer.step(gradients=gradients, gradient_scale=(1 / (norm + 1e-6)).clamp_max(1.0))
+        number.tolist()
 
     yield step
 
@@ -192,22 +195,26 @@ def official_steps(shape: str, method: Learned, tokens: int, checkout: Path, *, 
 
 
 def _cost(name: str, make: Callable[[], Iterator[Step]]) -> Cost:
-    """Time the steps one by one with events, after warming up; frees everything afterwards."""
+    """Median time from step to step as they follow each other in a run, and the peak memory; frees all afterwards.
+
+    The peak counts from the second step on, those before the capture of a CUDA graph included: what lives inside
+    a graph does not show in the allocator's statistics while it is replayed, and before the capture it lives outside.
+    """
     torch.compiler.reset()
     steps = make()
     step = next(steps)
-    for _ in range(WARM_UP):
-        step()
+    step()  # compiles and tunes
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(REPEATS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+    for _ in range(WARM_UP):
         step()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
+    moments = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+    moments[0].record()
+    for moment in moments[1:]:
+        step()
+        moment.record()
+    torch.cuda.synchronize()
+    times = [before.elapsed_time(after) for before, after in itertools.pairwise(moments)]
     peak = torch.cuda.max_memory_allocated() / 2**30
     del step
     steps.close()  # type: ignore[attr-defined]

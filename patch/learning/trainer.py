@@ -29,6 +29,7 @@ from patch.learning.objective import NextTokenLoss
 from patch.learning.optimizers import apply, make_optimizer
 from patch.learning.order import Shuffled
 from patch.learning.parametrisation import LearnableMasks, run_block
+from patch.learning.readback import Readback
 from patch.learning.schedules import Schedule
 from patch.learning.selection import final_masks
 from patch.learning.state import State, StateDirectory
@@ -233,9 +234,12 @@ class Trainer:
         distributed.average_([*self._tile_gradient(), terms])
         gradients = self._gradients()
         norm = self._norm(gradients)
-        row = self._row(step, terms.tolist(), norm)
-        self._check_finite(step, row)
+        # Read while the optimiser runs, so that the device never waits for the host. A step that turns out to be
+        # not finite has spoilt the logits by then, but no state with them is saved.
+        numbers = Readback(torch.cat([terms, norm.view(1)]))
         apply(self.optimizer, gradients, (self.method.max_grad_norm / (norm + 1e-6)).clamp_max(1.0))
+        row = self._row(step, numbers.tolist())
+        self._check_finite(step, row)
         tokens = self.method.batch_size * self.length
         seconds = time.perf_counter() - started
         return row | {"tokens_per_second": tokens / seconds, "wall_s": seconds}
@@ -316,8 +320,9 @@ class Trainer:
 
     # ---- curves ----------------------------------------------------------------------------------------------
 
-    def _row(self, step: int, terms: list[float], norm: Tensor) -> Row:
-        cross_entropy, miss, density, norm_term = terms
+    def _row(self, step: int, numbers: list[float]) -> Row:
+        """numbers: the four terms of `_forward_backward`, and the norm of all gradients."""
+        cross_entropy, miss, density, norm_term, gradient_norm = numbers
         patterns, tiles = self.schedule.patterns(step), self.schedule.tiles(step)
         density_loss = miss * getattr(self.method, "density_weight", 0.0)
         return {
@@ -332,7 +337,7 @@ class Trainer:
             "tile_temperature": tiles.temperature,
             "tile_scale": tiles.scale,
             "learning_rate": self.schedule.learning_rate(step),
-            "gradient_norm": float(norm),
+            "gradient_norm": gradient_norm,
         }
 
     def _line(self, row: Row, left: float) -> str:
@@ -343,7 +348,7 @@ class Trainer:
         )
 
     def _check_finite(self, step: int, row: Row) -> None:
-        """Raise before the logits are touched, so the state that is kept is a good one."""
+        """Raise before any state is saved, so the one that is kept is good."""
         problem = None
         for term in ("cross_entropy", "density_loss", "norm_ratio", "gradient_norm"):
             if problem is None and not math.isfinite(row[term]):
