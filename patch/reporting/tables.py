@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import pandas as pd
 import rich.box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -181,20 +182,26 @@ def escape_latex(text: str) -> str:
     return re.sub("[" + re.escape("".join(_LATEX)) + "]", lambda found: _LATEX[found[0]], text)
 
 
-def render_terminal(table: pd.DataFrame) -> Table:
-    """The table for the terminal, in the same layout as the files."""
-    layout = _layout(table)
-    result = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in layout.columns:
+def render_terminal(table: pd.DataFrame) -> Group:
+    """The table for the terminal, in the layout of the files; a part per model under its name, so that it fits 80."""
+    notes = Text("\n".join(f"{_DASH} {note}" for note in _notes(table)))
+    return Group(*(_part(str(model), rows) for model, rows in table.groupby("model", sort=False)), notes)
+
+
+def _part(model: str, table: pd.DataFrame) -> Table:
+    empty = [name for name in table.columns if "." in name and table[name].isna().all()]  # what only other models have
+    layout = _layout(table.drop(columns=empty))
+    result = Table(
+        title=model, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD, show_edge=False,
+        pad_edge=False, padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    for column in layout.columns[1:]:
         header = "\n".join(column.header.rsplit(" ", 1))  # two short lines, so that numbers need not wrap
         justify: Literal["left", "right"] = "right" if column.numeric else "left"
         result.add_column(header, justify=justify, no_wrap=not column.numeric, vertical="bottom")
     for row, after in zip(layout.rows, [*layout.gaps[1:], ""], strict=True):
-        texts = [Text(cell.text, "bold" if cell.best else "") + Text(cell.error, "dim") for cell in row]
+        texts = [Text(cell.text, "bold" if cell.best else "") + Text(cell.error, "dim") for cell in row[1:]]
         result.add_row(*texts, end_section=bool(after))
-    if layout.notes:
-        result.caption = Text("\n".join(f"{_DASH} {note}" for note in layout.notes), justify="left")
-        result.caption_justify = "left"
     return result
 
 

@@ -207,11 +207,21 @@ def test_no_tasks_and_one_model(runs: pd.DataFrame, tmp_path: Path) -> None:
     assert "MaskLLM" in to_markdown(tasks(nothing))
 
 
-def test_terminal(runs: pd.DataFrame) -> None:
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(render_terminal(accuracy(runs[runs["model"] == "tiny_1"])))
-    text = console.export_text()
-    assert "44.00 ± 0.44" in text
+def terminal(table: pd.DataFrame, width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(render_terminal(table))
+    return console.export_text()
+
+
+def test_the_terminal_gets_a_part_per_model(runs: pd.DataFrame) -> None:
+    lines = [line.strip() for line in terminal(accuracy(runs, load_accuracy()), 160).splitlines()]
+    assert [lines.count(model) for model in ("qwen", "tiny_1")] == [1, 1]
+    assert any("MaskLLM cannot be run" in line for line in lines)
+
+
+def test_a_part_with_one_text_and_nothing_published_fits_80_columns(runs: pd.DataFrame) -> None:
+    text = terminal(accuracy(runs[runs["subject"] != "c4"], load_accuracy()), 80)
+    assert "44.00 ± 0.44" in text[text.index("tiny_1") :]
     assert "unstructured" in text
 
 
