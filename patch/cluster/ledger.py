@@ -58,7 +58,8 @@ class Ledger:
                 continue  # cut off while it was written: nothing had happened yet
 
     def submitting(self, token: str, tasks: Sequence[Task]) -> None:
-        self._append({"event": "submitting", "token": token, "tasks": [asdict(task) for task in tasks]})
+        known = [{name: value for name, value in asdict(task).items() if value} for task in tasks]
+        self._append({"event": "submitting", "token": token, "tasks": known})
 
     def submitted(self, token: str, jobs: Sequence[str], logs: Sequence[str]) -> None:
         self._append({"event": "submitted", "token": token, "jobs": list(jobs), "logs": list(logs)})

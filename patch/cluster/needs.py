@@ -30,6 +30,7 @@ START_MINUTES = 10
 """Starting Python, loading a model, compiling."""
 LIBRARIES_GIB = 4.0
 """Host memory of Python, PyTorch and CUDA themselves."""
+CPUS_PER_GPU = 4
 MARGIN = 3.0
 """Times the estimated time."""
 _STATE_BYTES = {"adamw_torch": None, "adamw_fused": 8, "adamw_8bit": 2, "adamw_apex": 8}
@@ -46,6 +47,11 @@ class Needs:
     gpus: int = 0
     """On every node."""
     nodes: int = 1
+
+    @property
+    def cpus(self) -> int:
+        """CPUs that go with its GPUs, on a node."""
+        return CPUS_PER_GPU * self.gpus
 
 
 def parameter_count(source: ModelSource, prepared: Path | str) -> float:
@@ -161,9 +167,10 @@ def _flops(gpu: Gpu | None, threads: int) -> float:
 
 
 def _memory_mb(gib: float, attempt: int) -> int:
-    """After a job that ran out of memory: half as much again, then twice."""
-    return math.ceil(1024 * (LIBRARIES_GIB + gib) * (1 + 0.5 * (attempt - 1)))
+    """After a job that ran out of memory: half as much again, then twice. Whole GiB, so that jobs share arrays."""
+    return 1024 * math.ceil((LIBRARIES_GIB + gib) * (1 + 0.5 * (attempt - 1)))
 
 
 def _minutes(seconds: float, attempt: int) -> int:
-    return math.ceil((START_MINUTES + MARGIN * seconds / 60) * attempt)
+    """In quarters of an hour, so that jobs share arrays."""
+    return 15 * math.ceil((START_MINUTES + MARGIN * seconds / 60) * attempt / 15)

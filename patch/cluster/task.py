@@ -62,6 +62,7 @@ class Command(Checkpointable):
 
     def checkpoint(self) -> DelayedSubmission:
         """Stop the command in an orderly way and say how it goes on. Raises CommandError where it may not."""
+        self._stop()  # first of all: what is left of the command would outlive this process
         at_limit = time.monotonic() - self._started >= self.limit_s - self.grace_s - 90  # Slurm asks up to 60 s early
         if at_limit and self.timed_out >= self.timeouts:
             often = f", for the {self.timed_out + 1}th time" if self.timed_out else ""
@@ -69,7 +70,6 @@ class Command(Checkpointable):
         if self._restarts() >= self.requeues + self.timeouts:
             raise CommandError(f"was interrupted again after {self._restarts()} requeues")
         self.timed_out += at_limit
-        self._stop()
         return DelayedSubmission(self)
 
     def _stop(self) -> None:

@@ -23,7 +23,7 @@ import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ class Executor(RemoteExecutor):
         self._waiting: dict[str, SubmittedJobInfo] = {}  # by Slurm's id; Snakemake's own list is empty during a check
         self._lock = threading.Lock()
         self._unanswered = False
+        self._left_running = False
         try:
             self._queue = Queue(None if self._settings.states == "auto" else self._settings.states)  # type: ignore[arg-type]
             self._ledger = Ledger(self._folder / "ledger.jsonl")
@@ -289,12 +290,27 @@ class Executor(RemoteExecutor):
         with self._lock:
             jobs = sorted(self._waiting)
         if self._settings.on_interrupt == "leave":
+            self._leave()
             self.logger.info(f"{len(jobs)} Slurm jobs go on; the same command waits for them.")
             return
         try:
             queue.cancel(jobs)
         except NoAnswer as error:
+            self._leave()
             self.logger.error(f"Slurm does not answer ({error}): {len(jobs)} jobs go on. The next run takes them up.")
+
+    def _leave(self) -> None:
+        """Keep Snakemake from removing what its jobs still need: empty output folders, and a folder they look for."""
+        self._left_running = True
+        self.workflow.dag.cleanup_workdir = lambda: None
+
+    def shutdown(self) -> None:
+        if not self._left_running:
+            super().shutdown()
+            return
+        with self.lock:
+            self.wait = False
+        self.wait_thread.join()
 
 
 def _needs(job: JobExecutorInterface) -> str:

@@ -1,13 +1,17 @@
-"""What the rules share: the experiment, its cells, and the command-line options that describe them."""
+"""What the rules share: the experiment, its cells, the command-line options that describe them, what jobs need."""
 
+import functools
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 
 from patch.artefacts import PatchError, checksum_json
+from patch.cluster import needs
+from patch.cluster.site import Gpu, load_site
 from patch.experiments import load_experiment
 from patch.provenance import code_hash
 
@@ -19,6 +23,7 @@ OVERRIDES = dict(workflow.config_settings.config)
 try:
     EXPERIMENT = load_experiment(CONFIG_FILES, OVERRIDES)
     GRID = EXPERIMENT.expand()
+    SITE = load_site(Path(workflow.basedir) / "slurm" / "site.yaml")
 except PatchError as error:
     raise WorkflowError(str(error)) from None
 
@@ -32,7 +37,10 @@ ENVIRONMENT = "../../environment.yml"
 # Jobs that compute take one of the `gpu` resource; `--resources gpu=1` then keeps them from sharing one.
 GPUS = int(
     EXPERIMENT.device == "cuda"
-    or (EXPERIMENT.device == "auto" and shutil.which("nvidia-smi") is not None)
+    or (
+        EXPERIMENT.device == "auto"
+        and (SITE.gpu is not None or shutil.which("nvidia-smi") is not None)
+    )
 )
 
 TABLE_NAMES = ["accuracy", "tasks"]
@@ -205,6 +213,61 @@ def task_options():
         for name, n in tasks.limits.items()
         for item in ("--limit-for", f"{name}={n}")
     ]
+
+
+def cluster_resources(stage):
+    """What a rule's jobs ask of a cluster, by the names that Slurm executors know. Runs on one machine ignore it."""
+    places = SITE.resources(gpus=bool(GPUS) and stage != "prepare")
+    return places | {
+        "mem_mb": lambda wildcards, attempt: _needs(
+            stage, wildcards, attempt
+        ).memory_mb,
+        "runtime": lambda wildcards, attempt: _needs(stage, wildcards, attempt).minutes,
+        "cpus_per_task": lambda wildcards, threads: max(
+            threads, _needs(stage, wildcards).cpus
+        ),
+    }
+
+
+def gpus_of(stage):
+    """GPUs of a job on each of its nodes; more than one only where the site says how many there are."""
+    return lambda wildcards: _needs(stage, wildcards).gpus if SITE.gpu else GPUS
+
+
+def nodes_of(stage):
+    return lambda wildcards: _needs(stage, wildcards).nodes if SITE.gpu else 1
+
+
+def _needs(stage, wildcards, attempt=1):
+    return _needs_of(stage, wildcards.get("cell") or wildcards.get("model"), attempt)
+
+
+@functools.lru_cache(maxsize=1024)
+def _needs_of(stage, name, attempt):
+    """name: the cell, or the model of stages that serve all cells of a model; None for stages without any."""
+    gpu = (SITE.gpu or Gpu()) if GPUS else None
+    if stage == "prepare":
+        return needs.preparation(_parameters(name) if name else 0, attempt)
+    if stage == "generate":
+        text = EXPERIMENT.training
+        tokens = text.samples * text.length * text.generated
+        return needs.generation(
+            _parameters(name), tokens, gpu, EXPERIMENT.threads, attempt
+        )
+    cell = CELLS[name]
+    return needs.stage(
+        cell,
+        stage,
+        _parameters(cell.model),
+        gpu,
+        EXPERIMENT.threads,
+        SITE.max_minutes,
+        attempt,
+    )
+
+
+def _parameters(model):
+    return needs.parameter_count(EXPERIMENT.models[model], f"{RUN}/{model}/model.json")
 
 
 def cell_records(wildcards):

@@ -18,7 +18,10 @@ rule evaluate:
         ENVIRONMENT
     threads: EXPERIMENT.threads
     resources:
+        **cluster_resources("evaluate"),
         gpu=GPUS,
+        # Finished texts and tasks are kept.
+        requeues=5,
     params:
         options=evaluate_options,
         key=lambda wildcards: CELLS[wildcards.cell].key("evaluate"),

@@ -20,7 +20,11 @@ rule learn:
         ENVIRONMENT
     threads: EXPERIMENT.threads
     resources:
-        gpu=GPUS,
+        **cluster_resources("learn"),
+        gpu=gpus_of("learn"),
+        nodes=nodes_of("learn"),
+        # Saves its state when it is told to stop: a time limit is no end.
+        requeues=50,
     params:
         options=learn_options,
         key=lambda wildcards: CELLS[wildcards.cell].key("learn"),
@@ -28,4 +32,5 @@ rule learn:
         state=f"{STATE}/learn",
     shell:
         "python -m patch learn --model {input.model} {params.options}"
+        " --nodes {resources.nodes} --processes {resources.gpu}"
         " --threads {threads} --key {params.key} --state {params.state} --output {params.directory} > {log} 2>&1"

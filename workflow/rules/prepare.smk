@@ -10,6 +10,8 @@ rule prepare_model:
         f"{LOGS}/{{model}}/prepare_model.tsv"
     conda:
         ENVIRONMENT
+    resources:
+        **cluster_resources("prepare"),
     params:
         options=prepare_model_options,
     shell:
@@ -27,6 +29,8 @@ rule prepare_calibration:
         f"{LOGS}/{{model}}/calibration-seed-{{seed}}.tsv"
     conda:
         ENVIRONMENT
+    resources:
+        **cluster_resources("prepare"),
     params:
         options=calibration_options,
         code=code_hash("prepare"),
@@ -47,6 +51,7 @@ rule prepare_training:
     conda:
         ENVIRONMENT
     resources:
+        **cluster_resources("generate" if EXPERIMENT.training.generated else "prepare"),
         gpu=GPUS * EXPERIMENT.training.generated,
     params:
         options=training_options,
@@ -68,6 +73,8 @@ rule prepare_text:
         text="|".join(EXPERIMENT.evaluation.perplexity) or "none",
     conda:
         ENVIRONMENT
+    resources:
+        **cluster_resources("prepare"),
     params:
         options=perplexity_options,
         code=code_hash("prepare"),
@@ -84,6 +91,8 @@ rule prepare_tasks:
         f"{LOGS}/prepare_tasks.tsv"
     conda:
         ENVIRONMENT
+    resources:
+        **cluster_resources("prepare"),
     params:
         options=shlex.join(task_names()),
     shell:
