@@ -224,7 +224,9 @@ def learn(
     processes: Annotated[
         int, typer.Option(help="Learn on so many GPUs of a node (0 or 1: in this process); starts torchrun.", min=0)
     ] = 1,
-    nodes: Annotated[int, typer.Option(help="Learn on so many nodes of a Slurm job, each with --processes.", min=1)] = 1,
+    nodes: Annotated[
+        int, typer.Option(help="Learn on so many nodes of a Slurm job, each with --processes.", min=1)
+    ] = 1,
     shard: Annotated[
         bool, typer.Option(help="Split weights and logits over all processes; done anyway where they do not fit one.")
     ] = False,
@@ -507,7 +509,9 @@ def cluster_check(
     from patch.cluster.check import check
     from patch.cluster.site import load_site
 
-    table = Table("partition", "GPU asked for", "node", "started after", "torch", "CUDA", "GPUs seen", "problem", box=None)
+    table = Table(
+        "partition", "GPU asked for", "node", "started after", "torch", "CUDA", "GPUs seen", "problem", box=None
+    )
     failed = False
     for finding in check(load_site(site), folder, partition or [], patience):
         problem, found = finding.problem, finding.found

@@ -90,7 +90,9 @@ def probe(shared: str, secret: str, setup: str) -> dict[str, Any]:
     started = time.time()
     path = Path(shared)
     seen = path.exists() and path.read_text() == secret
-    code = "import json, torch; print(json.dumps([torch.__version__, torch.version.cuda, [torch.cuda.get_device_name(i) "
+    code = (
+        "import json, torch; print(json.dumps([torch.__version__, torch.version.cuda, [torch.cuda.get_device_name(i) "
+    )
     code += "for i in range(torch.cuda.device_count())]]))"
     asked = subprocess.run(
         ["bash", "-c", f'{setup}\nexec python -c "{code}"'], capture_output=True, text=True, check=False

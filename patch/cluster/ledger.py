@@ -106,5 +106,5 @@ class Ledger:
 
 
 def _task(content: dict[str, Any], token: str) -> Task:
-    known = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
-    return Task(**known | {"token": token})
+    known: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
+    return Task(**{**known, "token": token})

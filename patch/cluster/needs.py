@@ -84,17 +84,17 @@ def stage(
         method = METHODS[cell.method](**cell.options)
         assert isinstance(method, Learned)
         assert cell.training
-        tokens = method.steps * method.batch_size * cell.training.length
+        read = method.steps * method.batch_size * cell.training.length
         if gpu:
             gpus, nodes = learning_gpus(parameters, weights, method, cell.training.length, gpu)
-        seconds = 8 * parameters * tokens / (_flops(gpu, threads) * max(1, gpus * nodes))
+        seconds = 8 * parameters * read / (_flops(gpu, threads) * max(1, gpus * nodes))
         memory += _saved_gib(parameters, method)  # a state is copied to the host before it is written
         memory += 0 if gpu else learning_gib(parameters, weights, method, cell.training.length)
     elif name == "prune":
-        tokens = cell.calibration.samples * cell.calibration.length if cell.calibration else 0
+        looked_at = cell.calibration.samples * cell.calibration.length if cell.calibration else 0
         solving = 600 * parameters / 1e9 if cell.method in ("sparsegpt", "thanos") else 0
-        seconds = 4 * parameters * tokens / _flops(gpu, threads) + solving * (1 if gpu else 10 / threads)
-        memory += 8 * tokens * _width(parameters) / 2**30  # inputs and outputs of the block under way
+        seconds = 4 * parameters * looked_at / _flops(gpu, threads) + solving * (1 if gpu else 10 / threads)
+        memory += 8 * looked_at * _width(parameters) / 2**30  # inputs and outputs of the block under way
     else:
         texts = cell.evaluation.perplexity.values()
         tokens = sum(text.length * (text.windows or 340_000 / text.length) for text in texts) + _task_tokens(cell)

@@ -14,10 +14,10 @@ from typing import Literal
 
 Source = Literal["sacct", "squeue"]
 
-LIVE = frozenset(
-    """PENDING CONFIGURING RUNNING COMPLETING REQUEUED REQUEUE_HOLD REQUEUE_FED RESIZING SUSPENDED STOPPED SIGNALING
-    STAGE_OUT SPECIAL_EXIT RESV_DEL_HOLD""".split()
-)
+LIVE = frozenset({
+    "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING",
+    "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "SPECIAL_EXIT", "RESV_DEL_HOLD",
+})  # fmt: skip
 FORGOTTEN = "FORGOTTEN"
 """Neither accounting nor the controller knows the job: it ended longer ago than the controller remembers."""
 SECONDS_TO_ANSWER = 60

@@ -51,7 +51,8 @@ def grid_status(
     found = []
     for cell in [*grid.prerequisites, *grid.cells]:
         stages: list[Stage] = [cell.mask_stage] if cell.mask_stage else []
-        for stage in [*stages, *(["evaluate"] if cell.path in measured else [])]:
+        stages += ["evaluate"] if cell.path in measured else []
+        for stage in stages:
             folder = results / experiment.name / cell.path / stage
             found.append(_stage_status(cell, stage, folder, tasks.get(str(folder / "record.json")), states))
     return found

@@ -65,7 +65,7 @@ class Command(Checkpointable):
         self._stop()  # first of all: what is left of the command would outlive this process
         at_limit = time.monotonic() - self._started >= self.limit_s - self.grace_s - 90  # Slurm asks up to 60 s early
         if at_limit and self.timed_out >= self.timeouts:
-            often = f", for the {self.timed_out + 1}th time" if self.timed_out else ""
+            often = f", {self.timed_out + 1} times" if self.timed_out else ""
             raise CommandError(f"reached its time limit of {self.limit_s // 60} min{often}")
         if self._restarts() >= self.requeues + self.timeouts:
             raise CommandError(f"was interrupted again after {self._restarts()} requeues")

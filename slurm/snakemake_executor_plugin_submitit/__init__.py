@@ -52,7 +52,8 @@ TAIL_BYTES = 8192
 @dataclass
 class ExecutorSettings(ExecutorSettingsBase):
     folder: Path = field(
-        default=Path(".snakemake/submitit"), metadata={"help": "Ledger, scripts and logs of Slurm jobs; shared by nodes."}
+        default=Path(".snakemake/submitit"),
+        metadata={"help": "Ledger, scripts and logs of Slurm jobs; the nodes must see it."},
     )
     states: str = field(default="auto", metadata={"help": "Where job states come from: sacct, squeue, or auto."})
     max_array: int = field(

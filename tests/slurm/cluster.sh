@@ -10,7 +10,7 @@
 set -euo pipefail
 
 DIR=${SLURM_TEST_DIR:-/tmp/patch-slurm}
-NODES=${NODES:-3} CPUS=${CPUS:-4} MEMORY=${MEMORY:-6000} GPUS=${GPUS:-2} PORT=${PORT:-16800}
+NODES=${NODES:-3} CPUS=${CPUS:-4} MEMORY=${MEMORY:-16000} GPUS=${GPUS:-2} PORT=${PORT:-16800}
 ACCOUNTING=${ACCOUNTING:-$(command -v mariadbd slurmdbd >/dev/null && echo 1 || echo 0)}
 PLUGINS=$(dpkg -L slurm-wlm-basic-plugins 2>/dev/null | grep -m1 '/slurm-wlm$' || true)
 export SLURM_CONF=$DIR/etc/slurm.conf

@@ -22,7 +22,7 @@ rule work:
     resources:
         mem_mb=lambda wildcards, attempt: 200 * attempt ** 2,
         runtime=config.get("runtime", 5),
-        requeues=lambda wildcards: 3 if wildcards.cell.startswith("r") else 0,
+        requeues=lambda wildcards: 10 if wildcards.cell.startswith("r") else 0,
     params: script=config.get("script", "work.sh"), steps=config.get("steps", 5)
     shell: "bash {params.script} {wildcards.cell} {params.steps} {output} > {log} 2>&1"
 """
@@ -115,10 +115,14 @@ def finish(process: subprocess.Popen, seconds: float = 300) -> tuple[int, str]:
     return process.returncode, output
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 90) -> None:
+def wait_until(
+    condition: Callable[[], object], seconds: float = 90, process: subprocess.Popen[str] | None = None
+) -> None:
+    """process: what must not end meanwhile."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s"
+        assert process is None or process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
 
 

@@ -69,7 +69,8 @@ def environment(process: psutil.Process) -> dict[str, str]:
 
 
 def test_preempted_job_saves_its_state_is_requeued_and_goes_on(grid: Grid) -> None:
-    run = grid.start("--set-resources", "work:slurm_extra='--nodelist=sim1'", "work:cpus_per_task=4", cells="a", steps=40)
+    whole_node = ("--set-resources", "work:slurm_extra='--nodelist=sim1'", "work:cpus_per_task=4")
+    run = grid.start(*whole_node, cells="a", steps=40)
     wait_until((grid.folder / "state/a").exists)
     slurm("sbatch", "--partition=urgent", "--nodelist=sim1", "-c4", "--output=/dev/null", "--wrap=sleep 1")
     status, output = finish(run)
@@ -88,14 +89,17 @@ def test_time_limit_requeues_what_can_go_on_and_ends_what_cannot(grid: Grid) -> 
     assert f"work stops: Slurm job {stopped}" in output
     assert "reached its time limit of 1 min" in output
     assert grid.counts("end") == {"resumes": 1}
-    assert grid.counts("start") == {"resumes": 2, "stops": 1}
-    assert grid.journal("saved")[0][:2] == next(entry[:2] for entry in grid.journal("start")[2:])
+    assert grid.counts("start")["stops"] == 1
+    starts = [step for cell, step, _ in grid.journal("start") if cell == "resumes"]
+    saved = [step for cell, step, _ in grid.journal("saved") if cell == "resumes"]
+    assert len(starts) > 1
+    assert starts == [0, *saved]
 
 
 def test_job_without_enough_memory_is_retried_with_more(grid: Grid) -> None:
-    grid.write("hungry.sh", "echo start $1 0 0 >> journal\npython3 -c 'import time; x = bytearray(3 << 27); time.sleep(9)'\n")
-    grid.write("greedy.sh", f"{(grid.folder / 'hungry.sh').read_text()}echo end $1 0 0 >> journal; echo $1 > $3")
-    status, output = grid.run("--retries", "1", cells="a", script="greedy.sh")
+    take_384_mb = "python3 -c 'import time; x = bytearray(3 << 27); time.sleep(9)'"
+    grid.write("hungry.sh", f"set -e\n{take_384_mb}\necho end $1 0 0 >> journal; echo $1 > $3")
+    status, output = grid.run("--retries", "1", cells="a", script="hungry.sh")
     assert status == 0, output
     assert "out of memory, it had 200 MB" in output
     assert len(grid.jobs()) == 2

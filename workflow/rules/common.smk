@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -67,6 +68,10 @@ TITLES = {
     "sparsity_by_layer": "Sparsity by layer",
     "training_curves": "Training curves",
 }
+
+# Braces would be placeholders.
+if "SLURM_JOB_ID" in os.environ and SITE.setup:
+    shell.prefix(SITE.setup.replace("{", "{{").replace("}", "}}").rstrip() + "\n")
 
 if workflow.is_main_process:
     logger.info(f"{EXPERIMENT.name}: {GRID.summary()}")
