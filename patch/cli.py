@@ -242,12 +242,13 @@ def learn(
     An interrupted run goes on from its last state. Several GPUs (`--processes 4`, or a torchrun of your own) compute
     the same as one, faster. The priors are masks of `patch-llm prune`: 2:4, and unstructured at the target.
     """
+    processes = max(1, processes)
     if nodes * processes > 1:
         from patch.cluster import launch
 
         if not launch.started_by_torchrun():
-            launch.relaunch(sys.argv[1:], nodes, max(1, processes))
-        launch.check_processes(nodes, max(1, processes))
+            launch.relaunch(sys.argv[1:], nodes, processes)
+        launch.check_processes(nodes, processes)
     import pandas as pd
 
     from patch.artefacts import atomic_path

@@ -1,4 +1,4 @@
-"""Learning on several GPUs and nodes of a Slurm job: a torchrun on each node, which `srun` starts if there are several."""
+"""Learning on several GPUs and nodes of a Slurm job: one torchrun per node, started by `srun` where there are several."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from patch.cluster.queue import FORGOTTEN, JobState, NoAnswer, Queue, find, pars
 
 @pytest.fixture
 def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """`fake_slurm("sacct", "text", status=0)` puts a command on the PATH that prints the text and logs its arguments."""
+    """`fake_slurm("sacct", "text", status=0)` puts a command on the PATH that prints the text and notes its calls."""
 
     def make(name: str, output: str = "", error: str = "", status: int = 0) -> None:
         for file, text in ((f"{name}.out", output), (f"{name}.err", error)):

@@ -31,7 +31,7 @@ def test_mistakes_name_the_file_and_the_key(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.delenv("PATCH_SITE", raising=False)
     path = tmp_path / "site.yaml"
     path.write_text("acount: lab\n")
-    with pytest.raises(PatchError, match="site.yaml: unknown key 'acount'; did you mean 'account'"):
+    with pytest.raises(PatchError, match=r"site\.yaml: unknown key 'acount'; did you mean 'account'"):
         load_site(path)
-    with pytest.raises(PatchError, match="missing.yaml: no such file"):
+    with pytest.raises(PatchError, match=r"missing\.yaml: no such file"):
         load_site(tmp_path / "missing.yaml")

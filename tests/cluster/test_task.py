@@ -41,7 +41,7 @@ def test_warning_signal_does_not_reach_the_command(tmp_path: Path) -> None:
 SAVES = "trap 'echo saved > saved; exit 1' TERM; echo > started; sleep 60 & wait"
 
 
-class Interrupted(Exception):
+class InterruptedPayloadError(Exception):
     pass
 
 
@@ -49,7 +49,7 @@ def interrupt(payload: Command, folder: Path):
     """What `checkpoint` gives, called as submitit calls it: by a signal that comes while the command runs."""
 
     def answer(number: int, frame: object) -> None:
-        raise Interrupted(payload.checkpoint())
+        raise InterruptedPayloadError(payload.checkpoint())
 
     def send() -> None:
         while not (folder / "started").exists():
@@ -60,7 +60,7 @@ def interrupt(payload: Command, folder: Path):
     threading.Thread(target=send).start()
     try:
         payload()
-    except Interrupted as interrupted:
+    except InterruptedPayloadError as interrupted:
         return interrupted.args[0]
     except CommandError as error:
         return error

@@ -222,25 +222,27 @@ def task_options():
 
 def cluster_resources(stage):
     """What a rule's jobs ask of a cluster, by the names that Slurm executors know. Runs on one machine ignore it."""
-    places = SITE.resources(gpus=bool(GPUS) and stage != "prepare")
-    return places | {
+    computes = bool(GPUS) and stage != "prepare"
+    return SITE.resources(computes) | {
+        "cpus_per_task": max(EXPERIMENT.threads, needs.CPUS_PER_GPU * computes),
         "mem_mb": lambda wildcards, attempt: _needs(
             stage, wildcards, attempt
         ).memory_mb,
         "runtime": lambda wildcards, attempt: _needs(stage, wildcards, attempt).minutes,
-        "cpus_per_task": lambda wildcards, threads: max(
-            threads, _needs(stage, wildcards).cpus
-        ),
     }
 
 
-def gpus_of(stage):
-    """GPUs of a job on each of its nodes; more than one only where the site says how many there are."""
-    return lambda wildcards: _needs(stage, wildcards).gpus if SITE.gpu else GPUS
-
-
-def nodes_of(stage):
-    return lambda wildcards: _needs(stage, wildcards).nodes if SITE.gpu else 1
+def learning_resources():
+    """As above, with as many GPUs and nodes as the model needs, where the site says how many there are of what size."""
+    if SITE.gpu is None:
+        return cluster_resources("learn") | {"gpu": GPUS, "nodes": 1}
+    return cluster_resources("learn") | {
+        "gpu": lambda wildcards: _needs("learn", wildcards).gpus,
+        "nodes": lambda wildcards: _needs("learn", wildcards).nodes,
+        "cpus_per_task": lambda wildcards: max(
+            EXPERIMENT.threads, _needs("learn", wildcards).cpus
+        ),
+    }
 
 
 def _needs(stage, wildcards, attempt=1):

@@ -20,9 +20,7 @@ rule learn:
         ENVIRONMENT
     threads: EXPERIMENT.threads
     resources:
-        **cluster_resources("learn"),
-        gpu=gpus_of("learn"),
-        nodes=nodes_of("learn"),
+        **learning_resources(),
         # Saves its state when it is told to stop: a time limit is no end.
         requeues=50,
     params:
