@@ -45,7 +45,7 @@ dry-run: $(VENV)/.installed
 	@snakemake --dry-run --configfile $(CONFIG)
 
 test: $(VENV)/.installed-test
-	pytest -n auto
+	pytest -n auto --dist loadgroup
 
 lint: $(VENV)/.installed-test
 	ruff check .

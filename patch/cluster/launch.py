@@ -1,4 +1,4 @@
-"""Learning on several GPUs and nodes of a Slurm job: one torchrun per node, started by `srun` where there are several."""
+"""Learning on several GPUs and nodes: one torchrun per node, started by `srun` where there are several nodes."""
 
 from __future__ import annotations
 

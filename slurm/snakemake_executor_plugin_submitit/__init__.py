@@ -271,7 +271,7 @@ class Executor(RemoteExecutor):
 
     @property
     def _latency(self) -> float:
-        return float(self.workflow.execution_settings.latency_wait or 5)
+        return float(self.workflow.execution_settings.latency_wait)
 
     def _paths(self, job_id: str) -> JobPaths:
         return JobPaths(self._folder / "jobs" / "%j", job_id)

@@ -1,6 +1,7 @@
 """What the rules share: the experiment, its cells, the command-line options that describe them, what jobs need."""
 
 import functools
+import gc
 import json
 import os
 import shlex
@@ -15,6 +16,9 @@ from patch.cluster import needs
 from patch.cluster.site import Gpu, load_site
 from patch.experiments import load_experiment
 from patch.provenance import code_hash
+
+# A large grid makes millions of objects that live to the end; looking for garbage among them takes a quarter of the time.
+gc.set_threshold(200_000, 20, 100)
 
 CONFIG_FILES = [str(path) for path in workflow.config_settings.configfiles] or [
     "workflow/config/demo.yaml"
@@ -138,6 +142,21 @@ def training_tokens(wildcards):
     return f"{RUN}/{CELLS[wildcards.cell].model}/tokens/training.safetensors"
 
 
+def network_files():
+    """What the `prepare` stages bring to this machine; text that a model writes itself is left to a GPU."""
+    models = {cell.model: cell for cell in CELLS.values()}
+    files = [f"{RUN}/{model}/model.json" for model in models]
+    files += [path for cell in models.values() for path in _texts(cell.model).values()]
+    for cell in CELLS.values():
+        tokens = f"{RUN}/{cell.model}/tokens"
+        if cell.calibration:
+            files.append(f"{tokens}/calibration-seed-{cell.seed}.safetensors")
+        if cell.training and not cell.training.generated:
+            files.append(f"{tokens}/training.safetensors")
+    files += [f"{RUN}/tasks.json"] if EXPERIMENT.evaluation.tasks else []
+    return list(dict.fromkeys(files))
+
+
 def prior_masks(wildcards):
     """The masks that a learned cell starts from, by role."""
     prerequisites = CELLS[wildcards.cell].prerequisites
@@ -180,7 +199,10 @@ def cell_mask(wildcards):
 
 
 def cell_texts(wildcards):
-    model = CELLS[wildcards.cell].model
+    return _texts(CELLS[wildcards.cell].model)
+
+
+def _texts(model):
     return {
         text: f"{RUN}/{model}/tokens/text-{text}.safetensors"
         for text in EXPERIMENT.evaluation.perplexity
@@ -223,8 +245,10 @@ def task_options():
 def cluster_resources(stage):
     """What a rule's jobs ask of a cluster, by the names that Slurm executors know. Runs on one machine ignore it."""
     computes = bool(GPUS) and stage != "prepare"
-    return SITE.resources(computes) | {
-        "cpus_per_task": max(EXPERIMENT.threads, needs.CPUS_PER_GPU * computes),
+    cpus = {"cpus_per_task": max(EXPERIMENT.threads, needs.CPUS_PER_GPU)}
+    return {
+        **SITE.resources(computes),
+        **(cpus if computes else {}),
         "mem_mb": lambda wildcards, attempt: _needs(
             stage, wildcards, attempt
         ).memory_mb,

@@ -1,6 +1,16 @@
 """Models, tokens and questions: everything that may need a network, before anything that needs a GPU."""
 
 
+localrules:
+    prepare,
+
+
+# All that may need a network, for clusters whose nodes have none: run this first where there is one.
+rule prepare:
+    input:
+        network_files(),
+
+
 rule prepare_model:
     output:
         f"{RUN}/{{model}}/model.json",
