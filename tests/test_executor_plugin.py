@@ -26,10 +26,18 @@ class Job(SimpleNamespace):
 
     def __init__(self, cell: str, command: str = "prune", attempt: int = 1, retries: int = 2, **resources: Any):
         super().__init__(
-            name="prune", rule=SimpleNamespace(name="prune"), wildcards_dict={"cell": cell}, shellcmd=command,
-            params={},            output=[f"{cell}/mask"], log=[f"{cell}.log"], resources={"runtime": 30, "mem_mb": 1000, **resources},
-            threads=1, attempt=attempt, restart_times=retries,
-        )  # fmt: skip
+            name="prune",
+            rule=SimpleNamespace(name="prune"),
+            wildcards_dict={"cell": cell},
+            shellcmd=command,
+            params={},
+            output=[f"{cell}/mask"],
+            log=[f"{cell}.log"],
+            resources={"runtime": 30, "mem_mb": 1000, **resources},
+            threads=1,
+            attempt=attempt,
+            restart_times=retries,
+        )
 
     def is_group(self) -> bool:
         return False
@@ -103,9 +111,18 @@ def round_of_questions(executor: plugin.Executor) -> list[str]:
 
 def test_resources_of_the_stock_plugin_become_options_of_sbatch() -> None:
     resources = {
-        "slurm_partition": "gpu", "slurm_account": "lab", "qos": "short", "constraint": "ib", "runtime": 90,
-        "mem_mb": 5000, "gpu": 4, "gpu_model": "h100", "nodes": 2, "cpus_per_task": 16, "slurm_extra": "--nice=5 --exclusive",
-    }  # fmt: skip
+        "slurm_partition": "gpu",
+        "slurm_account": "lab",
+        "qos": "short",
+        "constraint": "ib",
+        "runtime": 90,
+        "mem_mb": 5000,
+        "gpu": 4,
+        "gpu_model": "h100",
+        "nodes": 2,
+        "cpus_per_task": 16,
+        "slurm_extra": "--nice=5 --exclusive",
+    }
     found = slurm_parameters(resources, threads=1)
     assert (found["time"], found["mem"], found["nodes"], found["cpus_per_task"]) == (90, "5000M", 2, 16)
     assert found["additional_parameters"] == {

@@ -32,8 +32,14 @@ def test_several_nodes_become_one_torchrun_each_that_meet_at_the_first(became, m
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
     launch.relaunch(["learn", "--set", "steps=5 x"], nodes=2, processes=4)
     assert became[0][:7] == [
-        "srun", "--overlap", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--cpus-per-task=8",
-    ]  # fmt: skip
+        "srun",
+        "--overlap",
+        "--nodes=2",
+        "--ntasks=2",
+        "--ntasks-per-node=1",
+        "--kill-on-bad-exit=1",
+        "--cpus-per-task=8",
+    ]
     script = became[0][-1]
     assert script.startswith("trap '' USR2; exec ")
     assert "--nnodes 2" in script
