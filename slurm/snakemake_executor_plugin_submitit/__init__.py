@@ -89,7 +89,7 @@ class Executor(RemoteExecutor):
         self._unanswered = False
         self._left_running = False
         try:
-            self._queue = Queue(None if self._settings.states == "auto" else self._settings.states)  # type: ignore[arg-type]
+            self._queue = Queue(None if self._settings.states == "auto" else self._settings.states)
             self._ledger = Ledger(self._folder / "ledger.jsonl")
             self._left = self._left_by_an_earlier_run()
         except (NoAnswer, OSError) as error:
@@ -153,6 +153,7 @@ class Executor(RemoteExecutor):
             with executor.batch():
                 submitted = [executor.submit(command) for command in commands]
         except (FailedJobError, FailedSubmissionError, OSError, subprocess.CalledProcessError, ValueError) as error:
+            # The ledger keeps the token: should Slurm have got the job all the same, the next run finds it.
             for job in batch:
                 self._fail(SubmittedJobInfo(job), f"Slurm refused the job: {_first_line(str(error))}", again=False)
             return
@@ -204,11 +205,17 @@ class Executor(RemoteExecutor):
             self._wait_for(job, left.job, left.log)
             return True
         self.logger.info(f"Cancelling Slurm job {left.job}: it computes {_name(job)} with other settings")
-        queue.cancel([left.job])
-        while self._queue.states([left.job])[left.job].live:
+        while not self._cancelled(left.job):
             time.sleep(1)
         self._ledger.ended(left.job, "CANCELLED")
         return False
+
+    def _cancelled(self, job_id: str) -> bool:
+        try:
+            queue.cancel([job_id])
+            return not self._queue.states([job_id])[job_id].live
+        except NoAnswer:
+            return False
 
     # Watching
 

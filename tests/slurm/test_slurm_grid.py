@@ -27,6 +27,12 @@ pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 LEARN = "results/tiny/tiny/maskllm/50-2of4/learn"
 QUICK = ("--seconds-between-status-checks", "1", "--latency-wait", "5")
 STEPS = 300
+SITE = """
+account: lab
+setup: |
+  called() { echo "$1" >> setup; }
+  called "$SLURM_JOB_ID"
+"""
 
 
 @pytest.fixture
@@ -50,7 +56,14 @@ def project(model_directory: Path, documents: list[str], tmp_path: Path) -> Path
 def start(project: Path, *arguments: str, path: str = "") -> subprocess.Popen:
     """Snakemake in the project's folder, called in ours, where `--profile slurm` is found."""
     python_path = os.pathsep.join(filter(None, (path, str(ROOT), os.environ.get("PYTHONPATH", ""))))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": python_path}
+    (project / "site.yaml").write_text(SITE)
+    environment = {
+        **os.environ,
+        "PATCH_SITE": str(project / "site.yaml"),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": python_path,
+    }
     command = [sys.executable, "-m", "snakemake", "--directory", str(project)]
     return subprocess.Popen(
         [*command, "--configfile", str(project / "tiny.yaml"), *arguments],
@@ -85,6 +98,7 @@ def test_the_same_grid_through_every_executor_gives_the_same_results(project: Pa
     measured, learned = results(project)
     pd.testing.assert_frame_equal(measured, expected, check_exact=True)
     assert learned == mask
+    assert len((project / "setup").read_text().split()) == 8  # in every job but those of this machine; learning twice
     assert len({task.job for task in Ledger(project / LEDGER).tasks.values() if task.rule == "learn"}) == 1
 
     native = os.environ.get("NATIVE_SLURM_PLUGIN", "")
