@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 SLURM = Path(__file__).parents[1] / "slurm"
 sys.path.append(str(SLURM))  # where the installed plugin's .pth would put it
@@ -110,28 +111,15 @@ def round_of_questions(executor: plugin.Executor) -> list[str]:
 
 
 def test_resources_of_the_stock_plugin_become_options_of_sbatch() -> None:
-    resources = {
-        "slurm_partition": "gpu",
-        "slurm_account": "lab",
-        "qos": "short",
-        "constraint": "ib",
-        "runtime": 90,
-        "mem_mb": 5000,
-        "gpu": 4,
-        "gpu_model": "h100",
-        "nodes": 2,
-        "cpus_per_task": 16,
-        "slurm_extra": "--nice=5 --exclusive",
-    }
-    found = slurm_parameters(resources, threads=1)
+    places = {"slurm_partition": "gpu", "slurm_account": "lab", "qos": "short", "constraint": "ib"}
+    size = {"runtime": 90, "mem_mb": 5000, "gpu": 4, "gpu_model": "h100", "nodes": 2, "cpus_per_task": 16}
+    found = slurm_parameters({**places, **size, "slurm_extra": "--nice=5 --exclusive"}, threads=1)
     assert (found["time"], found["mem"], found["nodes"], found["cpus_per_task"]) == (90, "5000M", 2, 16)
-    assert found["additional_parameters"] == {
-        "partition": "gpu", "account": "lab", "qos": "short", "constraint": "ib", "gres": "gpu:h100:4", "nice": "5",
-        "exclusive": True,
-    }  # fmt: skip
+    extra = {"partition": "gpu", "account": "lab", "qos": "short", "constraint": "ib", "gres": "gpu:h100:4"}
+    assert found["additional_parameters"] == {**extra, "nice": "5", "exclusive": True, "requeue": True}
     assert slurm_parameters({}, threads=3)["cpus_per_task"] == 3
-    assert slurm_parameters({"gpu": 1}, 1)["additional_parameters"] == {"gres": "gpu:1"}
-    assert slurm_parameters({"gres": "mps:2", "gpu": 1}, 1)["additional_parameters"] == {"gres": "mps:2"}
+    assert slurm_parameters({"gpu": 1}, 1)["additional_parameters"]["gres"] == "gpu:1"
+    assert slurm_parameters({"gres": "mps:2", "gpu": 1}, 1)["additional_parameters"]["gres"] == "mps:2"
 
 
 def test_jobs_of_equal_needs_share_an_array() -> None:
@@ -246,10 +234,17 @@ def test_refusal_fails_every_job_of_the_batch_with_the_reason(executor: plugin.E
     ]
 
 
-def test_every_setting_of_the_profile_is_an_option_of_snakemake() -> None:
+def test_every_setting_of_the_profile_is_an_option_of_snakemake(tmp_path: Path) -> None:
+    (tmp_path / "Snakefile").write_text("rule all:\n    output: 'file'\n    shell: 'touch {output}'\n")
     run = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--profile", "slurm", "--version"], cwd=SLURM.parent, capture_output=True,
-        text=True, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(SLURM.parent)}, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "snakemake", "--profile", str(SLURM), "--dry-run"],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(SLURM.parent), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr
-    assert "unrecognized" not in run.stderr
+    settings = yaml.safe_load((SLURM / "config.yaml").read_text())
+    fields = {f"submitit-{name.replace('_', '-')}" for name in plugin.ExecutorSettings.__dataclass_fields__}
+    assert {name for name in settings if name.startswith("submitit-")} < fields

@@ -264,7 +264,8 @@ class Executor(RemoteExecutor):
         elif not reason:
             reason = "it was ended before it could report a result"
         late = state.name == "TIMEOUT" or "time limit" in reason
-        lost = state.name in ("NODE_FAIL", "BOOT_FAIL", "PREEMPTED", FORGOTTEN)
+        # The last: it was interrupted, and the cluster did not let it requeue itself.
+        lost = state.name in ("NODE_FAIL", "BOOT_FAIL", "PREEMPTED", FORGOTTEN) or "'scontrol', 'requeue'" in reason
         message = f"Slurm job {info.external_jobid}, {state}: {reason}"
         self._fail(info, message, again=bool(starved or late or lost))
 

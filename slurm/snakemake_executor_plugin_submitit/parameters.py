@@ -34,7 +34,7 @@ def slurm_parameters(resources: Mapping[str, Any], threads: int) -> dict[str, An
         parameters["mem_per_cpu"] = f"{int(resources['mem_mb_per_cpu'])}M"
     elif resources.get("mem_mb"):
         parameters["mem"] = f"{int(resources['mem_mb'])}M"
-    extra = {
+    extra: dict[str, Any] = {
         option: str(resources[name])
         for name, option in (
             ("slurm_partition", "partition"),
@@ -47,6 +47,7 @@ def slurm_parameters(resources: Mapping[str, Any], threads: int) -> dict[str, An
     }
     if gres := _gres(resources):
         extra["gres"] = gres
+    extra["requeue"] = True  # allowed even where the cluster's default is not to
     return parameters | {"additional_parameters": extra | _extra(str(resources.get("slurm_extra") or ""))}
 
 
