@@ -19,6 +19,8 @@ import typer
 from patch.artefacts import PatchError, exclusive, write_json, write_text
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from transformers import PreTrainedModel
 
@@ -64,6 +66,15 @@ Length = Annotated[int, typer.Option(help="Tokens per sequence.", min=2)]
 Configs = Annotated[list[Path], typer.Option("--config", help="Config layer; repeat for more, later ones win.")]
 Override = Annotated[str, typer.Option(help="A last config layer as JSON.")]
 Runs = Annotated[Path, typer.Argument(help="The runs table, runs.parquet, of `collect`.")]
+MethodOptions = Annotated[
+    list[str] | None, typer.Option("--set", help="A hyper-parameter, NAME=VALUE; repeat for more.")
+]
+LearnedMethod = Annotated[str, typer.Option(help="maskllm, patch_joint or patch_tile.")]
+Shard = Annotated[
+    bool, typer.Option(help="Split weights and logits over all processes; `learn` does where they do not fit one.")
+]
+RowsFile = Annotated[Path, typer.Option(help="CSV file to add rows to.")]
+Official = Annotated[Path | None, typer.Option(help="Checkout of Paramathic/patch to time too.")]
 
 
 @prepare.command("model")
@@ -138,9 +149,7 @@ def prune(
     method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt.")] = "wanda",
     pattern: Annotated[str, typer.Option(help="N:M such as 2:4, or unstructured.")] = "2:4",
     sparsity: Annotated[float, typer.Option(help="Percent to prune, for patterns that do not fix it.")] = 50.0,
-    option: Annotated[
-        list[str] | None, typer.Option("--set", help="A hyper-parameter, NAME=VALUE; repeat for more.")
-    ] = None,
+    option: MethodOptions = None,
     calibration: Annotated[
         str | None, typer.Option(help="Token file of `prepare tokens`, or a text source; default: c4.")
     ] = None,
@@ -203,12 +212,10 @@ def learn(
     model: Model,
     output: Output,
     training: Annotated[str, typer.Option(help="Token file of `prepare tokens`, or a text source such as slimpajama.")],
-    method: Annotated[str, typer.Option(help="maskllm, patch_joint or patch_tile.")] = "patch_joint",
+    method: LearnedMethod = "patch_joint",
     pattern: Annotated[str, typer.Option(help="2:4 for maskllm, tiles:HEIGHTxWIDTH for the others.")] = "tiles:128x128",
     sparsity: Annotated[float, typer.Option(help="Percent to prune, 0 to 50; 2:4 fixes it.")] = 45.0,
-    option: Annotated[
-        list[str] | None, typer.Option("--set", help="A hyper-parameter, NAME=VALUE; repeat for more.")
-    ] = None,
+    option: MethodOptions = None,
     pattern_mask: Annotated[
         Path | None, typer.Option(help="2:4 mask of `prune` or `learn`: prior of the patterns, or what is frozen.")
     ] = None,
@@ -227,9 +234,7 @@ def learn(
     nodes: Annotated[
         int, typer.Option(help="Learn on so many nodes of a Slurm job, each with --processes.", min=1)
     ] = 1,
-    shard: Annotated[
-        bool, typer.Option(help="Split weights and logits over all processes; done anyway where they do not fit one.")
-    ] = False,
+    shard: Shard = False,
     wandb: Annotated[str | None, typer.Option(help="Weights & Biases project to log curves to.")] = None,
     revision: Revision = None,
     dtype: Dtype = "auto",
@@ -254,15 +259,12 @@ def learn(
     from patch.artefacts import atomic_path
     from patch.learning import Stopped, distributed, learn_masks
     from patch.learning.curves import observer
-    from patch.methods import Learned, make_method
     from patch.models import load_model
     from patch.records import Metric, recording
     from patch.sparsity.maskset import MaskSet
     from patch.sparsity.patterns import Pattern
 
-    chosen = make_method(method, _options(option or []))
-    if not isinstance(chosen, Learned):
-        raise PatchError(f"method {method!r}: does not learn; use `patch-llm prune`.")
+    chosen = _learned_method(method, option)
     parsed = Pattern.parse(pattern)
     fixed = parsed.fixed_sparsity
     share = fixed if fixed is not None else sparsity / 100
@@ -537,24 +539,109 @@ def cluster_check(
 
 @benchmark.command("learning")
 def benchmark_learning(
-    output: Annotated[Path, typer.Option(help="CSV file to add rows to.")],
+    output: RowsFile,
     shape: Annotated[list[str], typer.Option(help="qwen2.5-0.5b, llama-3.2-1b or llama-2-7b; repeat for more.")],
-    mode: Annotated[str, typer.Option(help="maskllm, patch_joint or patch_tile.")] = "patch_joint",
-    setting: Annotated[list[str] | None, typer.Option(help="fast, lean or default; repeat for more.")] = None,
+    mode: LearnedMethod = "patch_joint",
+    setting: Annotated[
+        list[str] | None, typer.Option(help="fast, lean or default; repeat for more. Default: fast and lean.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the one sequence in a step.", min=2)] = 4096,
     micro_batches: Annotated[int, typer.Option(help="Sequences per optimiser step.", min=1)] = 1,
-    official: Annotated[Path | None, typer.Option(help="Checkout of Paramathic/patch to time too.")] = None,
+    official: Official = None,
 ) -> None:
     """Cost of a mask-learning step: ours, the official code's, and a dense step without masks."""
-    import pandas as pd
-
     from patch.benchmarking.learning import measure
 
     for name in shape:
         for row in measure(name, mode, setting or ["fast", "lean"], tokens, official, micro_batches):
-            before = pd.read_csv(output) if output.exists() else pd.DataFrame()
-            write_text(output, pd.concat([before, pd.DataFrame([row])]).to_csv(index=False))
-            log.info("%s", ", ".join(f"{key} {value}" for key, value in row.items()))
+            _add_row(output, row)
+
+
+@benchmark.command("scaling")
+def benchmark_scaling(
+    output: RowsFile,
+    model: Annotated[str, typer.Option(help="A model, or a shape of `benchmark learning` with random weights.")],
+    training: Annotated[str, typer.Option(help="Token file of `prepare tokens`, a text source, or random.")] = "random",
+    method: LearnedMethod = "patch_joint",
+    option: MethodOptions = None,
+    length: Length = 4096,
+    shard: Shard = False,
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+) -> None:
+    """Learn for a few steps alone or under torchrun: loss and time per step, to compare at equal work."""
+    from patch.benchmarking.scaling import measure, with_speedup
+    from patch.benchmarking.shapes import SHAPES, random_model, random_tokens, without_priors
+    from patch.learning import distributed
+    from patch.models import load_model
+
+    chosen = without_priors(_learned_method(method, option))
+    with distributed.process_group(_device(device)) as where:
+        loaded = random_model(model, where) if model in SHAPES else load_model(model, dtype=dtype)
+        wanted = chosen.steps * chosen.batch_size
+        tokens = (
+            random_tokens(loaded, length)
+            if training == "random"
+            else _tokens(training, model, None, "packed", wanted, length, None)
+        )
+        row = measure(loaded, model, chosen, tokens, device=where, sharded=shard)
+        if distributed.is_main():
+            _add_row(output, row, with_speedup)
+
+
+@benchmark.command("curves")
+def benchmark_curves(
+    output: Annotated[Path, typer.Option(help="CSV file of the curves.")],
+    model: Model,
+    training: Annotated[str, typer.Option(help="Token file of `prepare tokens`, or a text source.")],
+    pattern_mask: Annotated[Path, typer.Option(help="2:4 mask of `prune`, the prior of the patterns.")],
+    reference_mask: Annotated[Path, typer.Option(help="Unstructured mask of `prune`, the prior of the tiles.")],
+    official: Annotated[Path, typer.Option(help="Checkout of Paramathic/patch.")],
+    method: LearnedMethod = "patch_joint",
+    pattern: Annotated[
+        str, typer.Option(help="Tiles have to divide all layers for the official code.")
+    ] = "tiles:64x64",
+    sparsity: Annotated[float, typer.Option(help="Percent to prune.")] = 45.0,
+    option: MethodOptions = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each.", min=2)] = 3,
+    length: Length = 512,
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+) -> None:
+    """Loss curves of ours and of the official code from the same start, and how far seeds alone are apart."""
+    import torch
+
+    from patch.benchmarking.curves import loss_curves, summary
+    from patch.models import load_model
+    from patch.sparsity.maskset import MaskSet
+    from patch.sparsity.patterns import Pattern
+
+    chosen = _learned_method(method, option)
+    priors = {"pattern": MaskSet.load(pattern_mask), "reference": MaskSet.load(reference_mask)}
+    curves = loss_curves(
+        load_model(model, dtype=dtype), chosen, Pattern.parse(pattern), sparsity / 100,
+        _tokens(training, model, None, "packed", chosen.steps * chosen.batch_size, length, None), priors, official,
+        seeds=range(seeds), device=torch.device(_device(device)),
+    )  # fmt: skip
+    write_text(output, curves.to_csv(index=False))
+    log.info("%s", ", ".join(f"{name} {value:.4f}" for name, value in summary(curves).items()))
+
+
+def _add_row(output: Path, row: dict[str, Any], complete: Callable[[Any], Any] = lambda rows: rows) -> None:
+    import pandas as pd
+
+    before = pd.read_csv(output) if output.exists() else pd.DataFrame()
+    write_text(output, complete(pd.concat([before, pd.DataFrame([row])], ignore_index=True)).to_csv(index=False))
+    log.info("%s", ", ".join(f"{key} {value}" for key, value in row.items()))
+
+
+def _learned_method(name: str, options: list[str] | None) -> Learned:
+    from patch.methods import Learned, make_method
+
+    chosen = make_method(name, _options(options or []))
+    if not isinstance(chosen, Learned):
+        raise PatchError(f"method {name!r}: does not learn; use `patch-llm prune`.")
+    return chosen
 
 
 @config.command("check")

@@ -4,9 +4,7 @@ A step is one optimiser step, of one sequence unless said otherwise. All contend
 weights in bfloat16 on one GPU:
 
 * ours: the trainer's own step.
-* official: the functions of a checkout of Paramathic/patch, driven as its trainer drives them (all masks of the model
-  made in a forward pre-hook, both regularisers, gradient checkpointing of every block, bfloat16 logits, AdamW), eager
-  and with the mask functions and the blocks compiled.
+* official: the official code (`patch.benchmarking.official`), eager and with its mask function and the blocks compiled.
 * dense: our trainer's model, loss, checkpointing, compiled blocks and optimiser, with gradients for the linear weights
   and no mask work: what a step costs before masks come in.
 """
@@ -14,13 +12,9 @@ weights in bfloat16 on one GPU:
 from __future__ import annotations
 
 import gc
-import importlib.util
 import logging
 import statistics
-import sys
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,46 +23,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from patch.artefacts import PatchError
-from patch.benchmarking.shapes import random_model
-from patch.data import TokenSet
+from patch.benchmarking.official import OfficialLearning
+from patch.benchmarking.shapes import random_model, random_tokens, without_priors
 from patch.kernels.adamw import FusedAdamW
 from patch.learning.graphs import Replayed
 from patch.learning.objective import NextTokenLoss
 from patch.learning.parametrisation import run_block
 from patch.learning.trainer import Trainer, make_masks
 from patch.methods import Learned, make_method
-from patch.models import decoder_blocks, prunable_linears, vocabulary_size
+from patch.models import decoder_blocks, prunable_linears
 from patch.provenance import stamp
 from patch.sparsity.patterns import Pattern
 
 WARM_UP, REPEATS = 5, 10
-SPARSITY = 0.45
+SPARSITY, TILE = 0.45, (128, 128)
+_COMPACT = {"optimizer": "adamw_8bit", "logits_dtype": "bfloat16", "gradient_dtype": "bfloat16"}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "fast": {
-        "checkpointing": "off",
-        "optimizer": "adamw_8bit",
-        "logits_dtype": "bfloat16",
-        "gradient_dtype": "bfloat16",
-    },
-    "lean": {
-        "checkpointing": "activations",
-        "optimizer": "adamw_8bit",
-        "logits_dtype": "bfloat16",
-        "gradient_dtype": "bfloat16",
-    },
-    "leanest": {
-        "checkpointing": "all",
-        "optimizer": "adamw_8bit",
-        "logits_dtype": "bfloat16",
-        "gradient_dtype": "bfloat16",
-    },
+    "fast": _COMPACT | {"checkpointing": "off"},
+    "lean": _COMPACT | {"checkpointing": "all"},
     "default": {},
 }
-"""Hyper-parameters on top of the method's defaults. fast: keep activations. lean: recompute them. leanest: and the
-effective weights. default: the paper's, everything in float32, activations recomputed."""
+"""Hyper-parameters on top of the method's defaults. fast: keep activations. lean: compute them and the effective
+weights again. default: the paper's, everything in float32, activations computed again."""
 log = logging.getLogger(__name__)
 
 
@@ -93,13 +71,11 @@ def measure(
         raise PatchError("benchmark learning: needs a CUDA GPU.")
     theirs = compiled = None
     if official is not None:
-        theirs = _cost("official", lambda: official_steps(shape, mode, tokens, official, compiled=False))
-        compiled = _cost("official, compiled", lambda: official_steps(shape, mode, tokens, official, compiled=True))
+        peer = partial(official_steps, shape, _method(mode, "default", 1), tokens, official)
+        theirs = _cost("official", partial(peer, compiled=False))
+        compiled = _cost("official, compiled", partial(peer, compiled=True))
     for setting in settings:
-        method = make_method(
-            mode, {**SETTINGS[setting], **_NO_PRIORS[mode], "steps": 10_000, "batch_size": micro_batches}
-        )
-        assert isinstance(method, Learned)
+        method = _method(mode, setting, micro_batches)
         ours = _cost(f"ours, {setting}", partial(our_steps, shape, method, tokens))
         dense = _cost(f"dense, {setting}", partial(dense_steps, shape, method, tokens))
         row: dict[str, Any] = {
@@ -121,20 +97,20 @@ def measure(
         yield rounded | stamp()
 
 
-_NO_PRIORS = {
-    "maskllm": {"pattern_prior_strength": 0},
-    "patch_joint": {"pattern_prior_strength": 0, "tile_prior_strength": 0},
-    "patch_tile": {"tile_prior_strength": 0},
-}
-
 Step = Callable[[], None]
+
+
+def _method(mode: str, setting: str, micro_batches: int) -> Learned:
+    method = make_method(mode, SETTINGS[setting] | {"steps": 10_000, "batch_size": micro_batches})
+    assert isinstance(method, Learned)
+    return without_priors(method)
 
 
 def our_steps(shape: str, method: Learned, tokens: int) -> Iterator[Step]:
     model = random_model(shape, "cuda")
-    pattern = Pattern.parse("2:4" if method.title == "MaskLLM" else "tiles:128x128")
+    pattern = Pattern.parse("2:4" if method.title == "MaskLLM" else f"tiles:{TILE[0]}x{TILE[1]}")
     masks = make_masks(model, method, pattern, SPARSITY, {}, seed=0, device=torch.device("cuda"), compiled=True)
-    trainer = Trainer(model, masks, _tokens(model, tokens), seed=0)
+    trainer = Trainer(model, masks, random_tokens(model, tokens), seed=0)
     trainer.prepare()
     count = iter(range(10_000))
 
@@ -146,7 +122,7 @@ def our_steps(shape: str, method: Learned, tokens: int) -> Iterator[Step]:
 
 def dense_steps(shape: str, method: Learned, tokens: int) -> Iterator[Step]:
     model = random_model(shape, "cuda")
-    ids = _tokens(model, tokens).ids
+    ids = random_tokens(model, tokens).ids
     weights = [linear.weight.requires_grad_() for linear in prunable_linears(model).values()]
     _, blocks = decoder_blocks(model)
     compiled = torch.compile(run_block, dynamic=False)
@@ -202,100 +178,17 @@ def _dense_forward(
     return forward
 
 
-def official_steps(shape: str, mode: str, tokens: int, checkout: Path, *, compiled: bool) -> Iterator[Step]:
-    """The loop of `fine_tune_mask.py` and `mask_trainer.py` around the checkout's own functions."""
-    theirs = _load_official(checkout)
+def official_steps(shape: str, method: Learned, tokens: int, checkout: Path, *, compiled: bool) -> Iterator[Step]:
     model = random_model(shape, "cuda")
-    model.config.use_cache = False
-    linears = prunable_linears(model)
-    joint = torch.compile(theirs.patch_joint) if compiled else theirs.patch_joint
-    names = {"maskllm": "mask_llm", "patch_joint": "joint", "patch_tile": "tile"}
-    compressed = random_model(shape, "cuda") if mode == "patch_tile" else model
-    theirs.add_mask_parameters(model, compressed, None, names[mode], (128, 128), torch.bfloat16, 0.0, 0.0, 1 - SPARSITY)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    _, blocks = decoder_blocks(model)
-    for block in blocks:
-        block.forward = _checkpointed(torch.compile(block.forward) if compiled else block.forward)
-
-    def make_masks_hook(module: nn.Module, arguments: Any) -> None:
-        for layer in linears.values():
-            pattern = (layer.weight.shape, model.mask_choices, False, 4.0, 100.0) if mode != "patch_tile" else ()
-            tile = (False, 4.0, 25.0, 128, 128)
-            if mode == "maskllm":
-                layer.last_mask = theirs.create_2_4_mask(layer.mask_2_4, *pattern)
-            elif mode == "patch_joint":
-                layer.last_mask = joint(layer.mask_2_4, *pattern, layer.tile_mask, *tile)
-            else:
-                layer.last_mask = theirs.patch_tile_only(layer.fixed_mask_2_4, layer.tile_mask, *tile)
-
-    model.register_forward_pre_hook(make_masks_hook)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    ids = _tokens(model, tokens).ids
+    official = OfficialLearning(model, method, SPARSITY, TILE, checkout, compiled=compiled)
+    ids = random_tokens(model, tokens).ids
     count = iter(range(10_000))
 
     def step() -> None:
-        batch = ids[next(count) % len(ids)].view(1, -1).to("cuda").long()
-        loss = model(input_ids=batch, labels=batch).loss
-        if mode != "maskllm":
-            density = theirs.compute_model_density_ratio(model, loss.device)
-            loss = loss + (torch.abs(density - (1 - SPARSITY)) * 7).sum()
-        loss = loss - theirs.compute_weight_sum(model, loss.device, mode == "maskllm")[0] * 10
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()
+        number = next(count)
+        official.step(number, [ids[number % len(ids)].view(1, -1).to("cuda").long()])
 
     yield step
-
-
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def checkpointed(*positional: Any, **named: Any) -> Any:
-        return checkpoint(lambda *inner: forward(*inner, **named), *positional, use_reentrant=False)
-
-    return checkpointed
-
-
-def _load_official(checkout: Path) -> types.SimpleNamespace:
-    """Its mask and regulariser functions. What those files import beside PyTorch is not used by them here."""
-    absent = {
-        "wandb": {},
-        "slim_local": {},
-        "slim_local.slim": {},
-        "slim_local.slim.utils": {"find_layers": None, "get_layers_list": None},
-    }
-    functions: dict[str, Any] = {}
-    with _stand_ins(absent):
-        for name in ("learnable_mask", "regularizers"):
-            path = checkout / "patch" / f"{name}.py"
-            if not path.is_file():
-                raise PatchError(f"{path}: no such file; --official takes a checkout of github.com/Paramathic/patch.")
-            spec = importlib.util.spec_from_file_location(f"official_{name}", path)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module  # torch.compile looks functions up there
-            spec.loader.exec_module(module)
-            functions |= vars(module)
-    return types.SimpleNamespace(**functions)
-
-
-@contextmanager
-def _stand_ins(modules: dict[str, dict[str, Any]]) -> Iterator[None]:
-    added = [name for name in modules if name not in sys.modules]
-    for name in added:
-        sys.modules[name] = types.ModuleType(name)
-        vars(sys.modules[name]).update(modules[name])
-    try:
-        yield
-    finally:
-        for name in added:
-            del sys.modules[name]
-
-
-def _tokens(model: PreTrainedModel, length: int) -> TokenSet:
-    ids = torch.randint(vocabulary_size(model), (8, length), generator=torch.Generator().manual_seed(0))
-    return TokenSet(ids.int(), {"source": "random"})
 
 
 def _cost(name: str, make: Callable[[], Iterator[Step]]) -> Cost:

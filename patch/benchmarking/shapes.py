@@ -1,9 +1,13 @@
-"""Models with the shapes of the paper's, and random weights: for timing, nothing has to be downloaded."""
+"""Models with the shapes of the paper's, random weights and random text: for timing, nothing has to be downloaded."""
 
 from __future__ import annotations
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
+
+from patch.data import TokenSet
+from patch.methods import Learned
+from patch.models import vocabulary_size
 
 SHAPES: dict[str, PreTrainedConfig] = {
     "qwen2.5-0.5b": Qwen2Config(
@@ -26,3 +30,15 @@ def random_model(shape: str, device: torch.device | str, dtype: torch.dtype = to
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=dtype, attn_implementation="sdpa")
     return model.requires_grad_(False).eval()
+
+
+def random_tokens(model: PreTrainedModel, length: int, samples: int = 8) -> TokenSet:
+    """Sequences of random tokens of the model's vocabulary: int32 [samples, length]."""
+    ids = torch.randint(vocabulary_size(model), (samples, length), generator=torch.Generator().manual_seed(0))
+    return TokenSet(ids.int(), {"source": "random"})
+
+
+def without_priors(method: Learned) -> Learned:
+    """The method from random logits: no one-shot masks have to be made first."""
+    strengths = ("pattern_prior_strength", "tile_prior_strength")
+    return method.model_copy(update={name: 0.0 for name in strengths if hasattr(method, name)})

@@ -27,6 +27,7 @@ from patch.learning.graphs import Replayed
 from patch.learning.memory import memory_estimate
 from patch.learning.objective import NextTokenLoss
 from patch.learning.optimizers import apply, make_optimizer
+from patch.learning.order import Shuffled
 from patch.learning.parametrisation import LearnableMasks, run_block
 from patch.learning.schedules import Schedule
 from patch.learning.selection import final_masks
@@ -156,7 +157,9 @@ class Trainer:
         state: Path | None = None,
         observe: Callable[[Row], None] | None = None,
     ):
-        self.masks, self.method, self.ids, self.seed = masks, masks.method, training.ids, seed
+        self.masks, self.method, self.seed = masks, masks.method, seed
+        self.sequences = Shuffled(training.ids, seed)
+        self.length = training.ids.shape[1]
         self.schedule = Schedule(masks.method, masks.sparsity)
         self.loss = NextTokenLoss(model)
         self.vocabulary = vocabulary_size(model)
@@ -164,7 +167,6 @@ class Trainer:
         self.curves: list[Row] = []
         self.observe = observe
         self._state, self._key = state, key
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
         self.micro_batches = self.method.batch_size // self.method.micro_batch_size // distributed.world_size()
 
     @property
@@ -175,14 +177,14 @@ class Trainer:
         """Make the optimiser, and check that the loss is the model's own."""
         self.leaves = [_leaf(parameter) for parameter in self.masks.parameters()]
         self.optimizer = make_optimizer(self.method, self.leaves)
-        shape = (self.method.micro_batch_size, self.ids.shape[1])
+        shape = (self.method.micro_batch_size, self.length)
         self._batch = torch.zeros(shape, dtype=torch.int64, device=self.masks.device)
         self._norm_weight = torch.zeros((), device=self.masks.device)
         if self.masks.learns_tiles:
             self._tile_buffer = torch.zeros_like(self.masks.tile_logits)
         capture = self.masks.device.type == "cuda" and not self.sharded and self.method.noise == "micro_batch"
         self._micro_batch = Replayed(self._forward_backward, capture=capture)
-        self.loss.check(self.model, self.ids[:1].to(self.masks.device))
+        self.loss.check(self.model, self.sequences[range(1)].to(self.masks.device))
 
     def run(self) -> None:
         """All steps, from the last saved state on."""
@@ -234,7 +236,7 @@ class Trainer:
         row = self._row(step, terms.tolist(), norm)
         self._check_finite(step, row)
         apply(self.optimizer, gradients, (self.method.max_grad_norm / (norm + 1e-6)).clamp_max(1.0))
-        tokens = self.method.batch_size * self.ids.shape[1]
+        tokens = self.method.batch_size * self.length
         seconds = time.perf_counter() - started
         return row | {"tokens_per_second": tokens / seconds, "wall_s": seconds}
 
@@ -263,7 +265,7 @@ class Trainer:
             total = total + self.method.density_weight * miss
             values[0], values[1] = miss.detach(), density.detach().mean()
         else:
-            values[1] = 0.5
+            values[1].fill_(0.5)  # an assignment would copy from the host, which no CUDA graph can hold
         if self.method.norm_weight > 0:
             norm = self.masks.norm_term()
             total = total - self._norm_weight * norm
@@ -277,16 +279,7 @@ class Trainer:
         """Token ids [micro_batch_size, length] of a micro-batch, counted over all processes."""
         count = self.method.micro_batch_size
         first = step * self.method.batch_size + micro * count
-        rows = [self._row_of(position) for position in range(first, first + count)]
-        return self.ids[rows]
-
-    def _row_of(self, position: int) -> int:
-        """Sequence at a position of the run: every epoch is a permutation of its own."""
-        epoch, within = divmod(position, len(self.ids))
-        if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._order = (epoch, torch.randperm(len(self.ids), generator=generator))
-        return int(self._order[1][within])
+        return self.sequences[range(first, first + count)]
 
     # ---- gradients -------------------------------------------------------------------------------------------
 
@@ -385,13 +378,15 @@ class Trainer:
         return step
 
     def _save_if_due(self, directory: StateDirectory | None, done: int, request: StopRequest) -> None:
+        """Every few steps and before stopping, but not after the last step, when the masks are written at once."""
+        if done == self.method.steps:
+            return
         number = distributed.maximum(request.number, self.masks.device)
-        last = done == self.method.steps
-        if directory and (number or last or done % self.method.checkpoint_every == 0):
+        if directory and (number or done % self.method.checkpoint_every == 0):
             if self.sharded or distributed.is_main():
                 directory.save(State(done, self._tensors(), self.curves))
             distributed.barrier()
-        if number and not last:
+        if number:
             raise Stopped(done, number)
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -171,9 +171,9 @@ def test_a_run_killed_at_any_step_and_resumed_ends_with_the_same_mask(model_dire
 
 
 def test_other_settings_do_not_go_on_from_a_state(learn: Callable[..., LearnedMasks], tmp_path: Path) -> None:
-    learn("patch_joint", run={"state": tmp_path})
+    learn("patch_joint", checkpoint_every=4, run={"state": tmp_path})
     with pytest.raises(PatchError, match="other settings"):
-        learn("patch_joint", learning_rate=0.03, run={"state": tmp_path})
+        learn("patch_joint", checkpoint_every=4, learning_rate=0.03, run={"state": tmp_path})
 
 
 def test_too_little_text_is_refused_with_the_numbers(
