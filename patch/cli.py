@@ -488,9 +488,11 @@ def status(
     experiment = load_experiment(config, json.loads(override))
     stages = grid_status(experiment, results, slurm=Queue() if shutil.which("squeue") else None)
     counts = {word: [stage.word for stage in stages].count(word) for word in dict.fromkeys(s.word for s in stages)}
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 200)  # so that a captured log names files in full
     console.print(f"{experiment.name}: {', '.join(f'{number} {word}' for word, number in counts.items())}")
-    table = Table("stage", "cell", "state", "Slurm job", "", "log", box=None)
+    table = Table(box=None)
+    for name in ("stage", "cell", "state", "Slurm job", "", "log"):
+        table.add_column(name, overflow="fold")
     for stage in stages:
         if verbose or stage.word not in ("done", "waiting"):
             table.add_row(stage.stage, stage.cell, stage.word, stage.job, stage.detail, stage.log)
@@ -532,7 +534,7 @@ def cluster_check(
             problem or "none",
         )  # fmt: skip
         failed = failed or bool(problem)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
     if failed:
         sys.exit(1)
 

@@ -19,6 +19,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+_LATER = ("job", "token", "state", "log")
+"""What other lines of the ledger say about a task."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -58,8 +61,8 @@ class Ledger:
                 continue  # cut off while it was written: nothing had happened yet
 
     def submitting(self, token: str, tasks: Sequence[Task]) -> None:
-        known = [{name: value for name, value in asdict(task).items() if value} for task in tasks]
-        self._append({"event": "submitting", "token": token, "tasks": known})
+        told = [{name: value for name, value in asdict(task).items() if name not in _LATER} for task in tasks]
+        self._append({"event": "submitting", "token": token, "tasks": told})
 
     def submitted(self, token: str, jobs: Sequence[str], logs: Sequence[str]) -> None:
         self._append({"event": "submitted", "token": token, "jobs": list(jobs), "logs": list(logs)})

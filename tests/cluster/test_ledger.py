@@ -5,7 +5,7 @@ from pathlib import Path
 from patch.cluster.ledger import Ledger, Task
 
 A = Task("prune", "tiny/wanda", ("a/mask", "a/record"), "1", ("a.log",))
-B = Task("prune", "tiny/magnitude", ("b/mask",), "1")
+B = Task("prepare_tasks", "", ("b/tasks",), "1")  # belongs to no cell
 
 
 def test_what_was_submitted_is_open_until_its_end_was_seen(tmp_path: Path) -> None:
