@@ -193,13 +193,15 @@ def mask_file(cell):
     return f"{RUN}/{cell.path}/{cell.mask_stage}/mask.safetensors"
 
 
-def cell_mask(wildcards):
+def evaluate_inputs(wildcards):
+    """All in one function: in a large grid, calling them is what a dry-run spends its time on."""
     cell = CELLS[wildcards.cell]
-    return mask_file(cell) if cell.mask_stage else []
-
-
-def cell_texts(wildcards):
-    return _texts(CELLS[wildcards.cell].model)
+    return {
+        **_texts(cell.model),
+        "model": f"{RUN}/{cell.model}/model.json",
+        "mask": mask_file(cell) if cell.mask_stage else [],
+        "tasks": f"{RUN}/tasks.json" if EXPERIMENT.evaluation.tasks else [],
+    }
 
 
 def _texts(model):
@@ -207,10 +209,6 @@ def _texts(model):
         text: f"{RUN}/{model}/tokens/text-{text}.safetensors"
         for text in EXPERIMENT.evaluation.perplexity
     }
-
-
-def tasks_marker(wildcards):
-    return f"{RUN}/tasks.json" if EXPERIMENT.evaluation.tasks else []
 
 
 def task_names():
@@ -222,7 +220,7 @@ def evaluate_options(wildcards, input):
     mask = ["--mask", input.mask] if input.mask else []
     texts = [
         item
-        for name, file in cell_texts(wildcards).items()
+        for name, file in _texts(CELLS[wildcards.cell].model).items()
         for item in ("--text", f"{name}={file}")
     ]
     return shlex.join(mask + texts + task_options() + ["--device", EXPERIMENT.device])

@@ -3,10 +3,7 @@
 
 rule evaluate:
     input:
-        unpack(cell_texts),
-        model=cell_model,
-        mask=cell_mask,
-        tasks=tasks_marker,
+        unpack(evaluate_inputs),
     output:
         record=f"{RUN}/{{cell}}/evaluate/record.json",
         per_item=f"{RUN}/{{cell}}/evaluate/items.parquet",
