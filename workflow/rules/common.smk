@@ -18,7 +18,8 @@ from patch.experiments import load_experiment
 from patch.provenance import code_hash
 
 # A large grid makes millions of objects that live to the end; looking for garbage among them takes a quarter of the time.
-gc.set_threshold(200_000, 20, 100)
+# It is looked for again when jobs run (`onstart`), but not among these.
+gc.disable()
 
 CONFIG_FILES = [str(path) for path in workflow.config_settings.configfiles] or [
     "workflow/config/demo.yaml"
@@ -79,6 +80,11 @@ if "SLURM_JOB_ID" in os.environ and SITE.setup:
 
 if workflow.is_main_process:
     logger.info(f"{EXPERIMENT.name}: {GRID.summary()}")
+
+
+def collect_garbage_again():
+    gc.freeze()
+    gc.enable()
 
 
 def refuse_unrunnable():
