@@ -38,7 +38,7 @@ class Command(Checkpointable):
         self.timed_out = 0
         self._child: subprocess.Popen[bytes] | None = None
         self._told = False
-        self._started = 0.0
+        self._started = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_child": None, "_told": False}
