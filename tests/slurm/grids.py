@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from patch.cluster.ledger import Ledger
+
 ROOT = Path(__file__).parents[2]
 
 SNAKEFILE = """
@@ -95,6 +97,11 @@ class Grid:
 
     def jobs(self) -> list[str]:
         return [job for entry in self.ledger("submitted") for job in entry["jobs"]]
+
+    def job(self, cell: str) -> str:
+        """Slurm's id of a cell's newest job: Snakemake submits in no particular order."""
+        path = self.folder / ".snakemake/submitit/ledger.jsonl"
+        return next(task.job for task in Ledger(path).tasks.values() if task.cell == cell)
 
     def result(self, cell: str) -> str:
         return (self.folder / f"out/{cell}.txt").read_text().strip()

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 def test_cancelled_job_fails_with_its_name_state_and_log_and_runs_again(grid: Grid) -> None:
     run = grid.start(cells="a,b", steps=15)
     wait_until(lambda: grid.counts("start")["a"])
-    first = grid.jobs()[0]
+    first = grid.job("a")
     slurm("scancel", first)
     status, output = finish(run)
     assert status != 0
@@ -85,7 +85,7 @@ def test_preempted_job_saves_its_state_is_requeued_and_goes_on(grid: Grid) -> No
 def test_time_limit_requeues_what_can_go_on_and_ends_what_cannot(grid: Grid) -> None:
     status, output = grid.run(cells="resumes,stops", steps=250, runtime=1)
     assert status != 0
-    stopped = grid.jobs()[-1]
+    stopped = grid.job("stops")
     assert f"work stops: Slurm job {stopped}" in output
     assert "reached its time limit of 1 min" in output
     assert grid.counts("end") == {"resumes": 1}
@@ -129,7 +129,7 @@ def test_run_outlives_a_restart_of_the_controller(grid: Grid) -> None:
 def test_killed_snakemake_is_continued_by_the_next(grid: Grid, moment: str) -> None:
     run = grid.start(cells="a,b", steps=30)
     wait_until(lambda: len(grid.journal("start")) == 2)
-    jobs = grid.jobs()
+    first = grid.job("a")
     os.killpg(run.pid, signal.SIGKILL)
     finish(run)
     if moment == "right after sbatch":  # before the ledger got Slurm's answer
@@ -138,7 +138,7 @@ def test_killed_snakemake_is_continued_by_the_next(grid: Grid, moment: str) -> N
     grid.unlock()
     status, output = grid.run(cells="a,b", steps=30)
     assert status == 0, output
-    assert f"Slurm job {jobs[0]} of an earlier run computes work a: waiting for it" in output
+    assert f"Slurm job {first} of an earlier run computes work a: waiting for it" in output
     assert grid.counts("start") == grid.counts("end") == {"a": 1, "b": 1}
 
 
