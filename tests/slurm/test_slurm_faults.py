@@ -52,20 +52,17 @@ def test_job_of_a_node_that_goes_down_is_requeued_and_goes_on(grid: Grid) -> Non
 
 
 def lose_power(node: str) -> None:
-    """Kill the node's daemon and all it started."""
-    daemon = psutil.Process(int((CLUSTER / f"run/slurmd-{node}.pid").read_text()))
-    of_job = [p for p in psutil.process_iter() if environment(p).get("SLURMD_NODENAME") == node]
-    managers = [p for p in psutil.process_iter() if any(child in of_job for child in p.children())]
-    for process in [daemon, *(p for p in managers if p.name() == "slurmstepd"), *of_job]:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it ended with its parent
+    """Kill the node's daemon and all it started; first what could still tell the controller."""
+    managers = [psutil.Process(int((CLUSTER / f"run/slurmd-{node}.pid").read_text()))]
+    of_jobs = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if process.environ().get("SLURMD_NODENAME") == node:
+                of_jobs.append(process)
+                managers += [parent for parent in process.parents() if parent.name() == "slurmstepd"]
+    for process in [*managers, *of_jobs]:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-
-
-def environment(process: psutil.Process) -> dict[str, str]:
-    try:
-        return process.environ()
-    except psutil.Error:
-        return {}
 
 
 def test_preempted_job_saves_its_state_is_requeued_and_goes_on(grid: Grid) -> None:
