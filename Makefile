@@ -45,7 +45,7 @@ dry-run: $(VENV)/.installed
 	@snakemake --dry-run --configfile $(CONFIG)
 
 test: $(VENV)/.installed-test
-	pytest -n auto
+	pytest -n auto --dist loadgroup
 
 lint: $(VENV)/.installed-test
 	ruff check .
@@ -65,14 +65,14 @@ $(BIN)/python:
 	  { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V); call make with PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $$($(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-packages) $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt workflow/plugins/pyproject.toml | $(BIN)/python
+$(VENV)/.installed: pyproject.toml constraints.txt workflow/plugins/pyproject.toml slurm/pyproject.toml | $(BIN)/python
 	@echo "Installing into $(VENV) (a few minutes the first time)"
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable . --editable workflow/plugins
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable . --editable workflow/plugins --editable slurm
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]" --editable workflow/plugins
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]" --editable workflow/plugins --editable slurm
 	@touch $@
 
 clean:

@@ -21,10 +21,14 @@ from patch.artefacts import PatchError, exclusive, write_json, write_text
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
+    from transformers import PreTrainedModel
+
     from patch.data import TokenSet
     from patch.methods import Learned
     from patch.records import Metric
     from patch.sparsity.maskset import MaskSet
+    from patch.sparsity.patterns import Pattern
 
 log = logging.getLogger("patch")
 
@@ -38,9 +42,11 @@ app = typer.Typer(
 prepare = typer.Typer(help="Bring models, tokens and questions to this machine.", no_args_is_help=True)
 config = typer.Typer(help="Look at config files.", no_args_is_help=True)
 benchmark = typer.Typer(help="Time things beside their peers, on this machine.", no_args_is_help=True)
+cluster = typer.Typer(help="Look at a Slurm cluster.", no_args_is_help=True)
 app.add_typer(prepare, name="prepare")
 app.add_typer(benchmark, name="benchmark")
 app.add_typer(config, name="config")
+app.add_typer(cluster, name="cluster")
 
 Model = Annotated[
     str, typer.Option(help="Hub id, directory, `embedded:smollm2-135m`, or a model.json of `prepare model`.")
@@ -64,7 +70,9 @@ MethodOptions = Annotated[
     list[str] | None, typer.Option("--set", help="A hyper-parameter, NAME=VALUE; repeat for more.")
 ]
 LearnedMethod = Annotated[str, typer.Option(help="maskllm, patch_joint or patch_tile.")]
-Shard = Annotated[bool, typer.Option(help="Under torchrun: split weights and logits over the processes.")]
+Shard = Annotated[
+    bool, typer.Option(help="Split weights and logits over all processes; `learn` does where they do not fit one.")
+]
 RowsFile = Annotated[Path, typer.Option(help="CSV file to add rows to.")]
 Official = Annotated[Path | None, typer.Option(help="Checkout of Paramathic/patch to time too.")]
 
@@ -220,6 +228,12 @@ def learn(
     state: Annotated[
         Path | None, typer.Option(help="Directory for saved states; default: state/ in the output directory.")
     ] = None,
+    processes: Annotated[
+        int, typer.Option(help="Learn on so many GPUs of a node (0 or 1: in this process); starts torchrun.", min=0)
+    ] = 1,
+    nodes: Annotated[
+        int, typer.Option(help="Learn on so many nodes of a Slurm job, each with --processes.", min=1)
+    ] = 1,
     shard: Shard = False,
     wandb: Annotated[str | None, typer.Option(help="Weights & Biases project to log curves to.")] = None,
     revision: Revision = None,
@@ -230,9 +244,16 @@ def learn(
 ) -> None:
     """Learn a mask: write mask.safetensors (a MaskSet), curves.parquet and record.json into the output directory.
 
-    An interrupted run goes on from its last state. Several GPUs: `torchrun --nproc-per-node 4 -m patch learn ...`
-    computes the same as one, faster. The priors are masks of `patch-llm prune`: 2:4, and unstructured at the target.
+    An interrupted run goes on from its last state. Several GPUs (`--processes 4`, or a torchrun of your own) compute
+    the same as one, faster. The priors are masks of `patch-llm prune`: 2:4, and unstructured at the target.
     """
+    processes = max(1, processes)
+    if nodes * processes > 1:
+        from patch.cluster import launch
+
+        if not launch.started_by_torchrun():
+            launch.relaunch(sys.argv[1:], nodes, processes)
+        launch.check_processes(nodes, processes)
     import pandas as pd
 
     from patch.artefacts import atomic_path
@@ -272,7 +293,8 @@ def learn(
                 with observer(wandb, arguments) as observe:
                     learned = learn_masks(
                         loaded, chosen, parsed, share, tokens, priors, seed=seed, epochs=epochs, device=where,
-                        state=states, key=key, sharded=shard, observe=observe,
+                        state=states, key=key, observe=observe,
+                        sharded=shard or _must_shard(loaded, chosen, parsed, tokens, where),
                     )  # fmt: skip
             except Stopped as stopped:
                 _fail(f"{stopped}; the same command goes on from there.", 128 + stopped.signal)
@@ -443,6 +465,78 @@ def show(runs: Runs) -> None:
     from patch.reporting.tables import accuracy, render_terminal
 
     Console().print(render_terminal(accuracy(read_runs(runs), load_accuracy())))
+
+
+@app.command()
+def status(
+    config: Configs,
+    override: Override = "{}",
+    results: Annotated[Path, typer.Option(help="Directory that holds the experiment's folder.")] = Path("results"),
+    verbose: Annotated[bool, typer.Option("--all", help="List also what is done and what waits.")] = False,
+) -> None:
+    """Print how far a grid is: what is done, what Slurm runs (with its id), what failed (with its log), what waits.
+
+    Reads only; the grid may run meanwhile.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from patch.cluster.queue import Queue
+    from patch.cluster.status import grid_status
+    from patch.experiments import load_experiment
+
+    experiment = load_experiment(config, json.loads(override))
+    stages = grid_status(experiment, results, slurm=Queue() if shutil.which("squeue") else None)
+    counts = {word: [stage.word for stage in stages].count(word) for word in dict.fromkeys(s.word for s in stages)}
+    console = Console(width=None if sys.stdout.isatty() else 200)  # so that a captured log names files in full
+    console.print(f"{experiment.name}: {', '.join(f'{number} {word}' for word, number in counts.items())}")
+    table = Table(box=None)
+    for name in ("stage", "cell", "state", "Slurm job", "", "log"):
+        table.add_column(name, overflow="fold")
+    for stage in stages:
+        if verbose or stage.word not in ("done", "waiting"):
+            table.add_row(stage.stage, stage.cell, stage.word, stage.job, stage.detail, stage.log)
+    if table.rows:
+        console.print(table)
+
+
+@cluster.command("check")
+def cluster_check(
+    partition: Annotated[list[str] | None, typer.Option(help="Only this one; repeat for more.")] = None,
+    site: Annotated[Path | None, typer.Option(help="Site settings; default: $PATCH_SITE, or slurm/site.yaml.")] = None,
+    folder: Annotated[Path, typer.Option(help="A folder that this machine and the nodes share.")] = Path("logs/check"),
+    patience: Annotated[int, typer.Option(help="Seconds to wait for jobs to start.", min=1)] = 600,
+) -> None:
+    """Submit a tiny job per partition and kind of GPU; print what each found and how soon it started."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from patch.cluster.check import check
+    from patch.cluster.site import load_site
+
+    table = Table(
+        "partition", "GPU asked for", "node", "started after", "torch", "CUDA", "GPUs seen", "problem", box=None
+    )
+    failed = False
+    for finding in check(load_site(site), folder, partition or [], patience):
+        problem, found = finding.problem, finding.found
+        if found and not found["shared"]:
+            problem = f"does not see {folder.absolute()}: not on a shared file system"
+        elif found and not found["torch"]:
+            problem = f"cannot import torch with the setup of the site settings: {found['error']}"
+        torch_version, cuda, gpus = json.loads(found["torch"]) if found and found["torch"] else ("", "", [])
+        if not problem and finding.place.gpu is not None and not gpus:
+            problem = f"PyTorch sees no GPU (CUDA_VISIBLE_DEVICES={found['visible']!r})"
+        asked = {None: "none", "": "any"}.get(finding.place.gpu, finding.place.gpu)
+        started = f"{finding.seconds:.0f} s" if finding.seconds is not None else ""
+        table.add_row(
+            finding.place.partition, asked, found.get("node", ""), started, torch_version, cuda or "", ", ".join(gpus),
+            problem or "none",
+        )  # fmt: skip
+        failed = failed or bool(problem)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    if failed:
+        sys.exit(1)
 
 
 @benchmark.command("learning")
@@ -619,6 +713,21 @@ def _sparsity_metrics(masks: MaskSet) -> list[Metric]:
         Metric("model", "sparsity", masks.sparsity, samples=sum(sizes.values())),
         *(Metric(name, "sparsity", mask.sparsity, samples=sizes[name]) for name, mask in masks.linears.items()),
     ]
+
+
+def _must_shard(
+    model: PreTrainedModel, method: Learned, pattern: Pattern, tokens: TokenSet, device: torch.device
+) -> bool:
+    """Whether learning fits the GPUs only if they share weights and logits."""
+    import torch
+
+    from patch.learning import distributed
+    from patch.learning.memory import memory_estimate
+
+    if distributed.world_size() == 1 or device.type != "cuda":
+        return False
+    there = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return memory_estimate(model, method, pattern, tokens.ids.shape[1])["sum"] > 0.9 * there
 
 
 def _device(name: str) -> str:

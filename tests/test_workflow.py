@@ -87,6 +87,46 @@ def test_text_that_the_model_writes_wants_the_device(tmp_path: Path) -> None:
     assert len([command for command in commands(output, "prepare tokens") if "text-training" in command]) == 1
 
 
+def test_jobs_ask_a_cluster_for_what_the_model_needs_and_the_site_offers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site.yaml").write_text(
+        "{account: lab, partition: cpu, gpu: {partition: gpu, kind: h100, per_node: 2}}"
+    )
+    monkeypatch.setenv("PATCH_SITE", str(tmp_path / "site.yaml"))
+    config = ROOT / "workflow" / "config" / "paper.yaml"
+    part = "only={models: [llama-2-7b], methods: [maskllm]}"
+    done = snakemake("--dry-run", "-p", "--configfile", str(config), "--directory", str(tmp_path), "--config", part)
+    jobs = {block.split(":")[0]: block for block in (done.stdout + done.stderr).split("\nrule ")[1:]}
+    for rule in ("prune", "learn", "evaluate"):
+        assert "slurm_account=lab" in jobs[rule]
+        assert "slurm_partition=gpu" in jobs[rule]
+        assert "gpu_model=h100" in jobs[rule]
+    assert "slurm_partition=cpu" in jobs["prepare_model"]
+    assert "gpu=1" in jobs["prune"]
+    assert "gpu=2" in jobs["learn"]  # four in all: they do not fit one
+    assert "nodes=2" in jobs["learn"]
+    assert "--nodes 2 --processes 2" in jobs["learn"]
+
+
+def test_mistake_in_the_site_settings_ends_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "site.yaml").write_text("partitoin: cpu")
+    monkeypatch.setenv("PATCH_SITE", str(tmp_path / "site.yaml"))
+    config = ROOT / "workflow" / "config" / "demo.yaml"
+    done = snakemake("--dry-run", "--configfile", str(config), "--directory", str(tmp_path))
+    assert done.returncode != 0
+    assert "site.yaml: unknown key 'partitoin'; did you mean 'partition'?" in done.stdout + done.stderr
+
+
+def test_everything_that_needs_a_network_is_one_target(tmp_path: Path) -> None:
+    config = ROOT / "workflow" / "config" / "paper.yaml"
+    done = snakemake("prepare", "--dry-run", "--configfile", str(config), "--directory", str(tmp_path))
+    started = {line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("rule ")}
+    assert started - {"prepare"} == {
+        f"prepare_{what}" for what in ("model", "calibration", "training", "text", "tasks")
+    }
+
+
 def test_listed_methods_are_refused_before_anything_runs(tmp_path: Path) -> None:
     config = ROOT / "workflow" / "config" / "paper.yaml"
     done = snakemake("--cores", "1", "--configfile", str(config), "--directory", str(tmp_path))

@@ -23,7 +23,7 @@ rule collect:
         ENVIRONMENT
     params:
         options=collect_options(),
-        key=grid_key(),
+        key=lambda wildcards: grid_key(),
     shell:
         "python -m patch collect {params.options} --output {output.parquet} > {log} 2>&1"
 

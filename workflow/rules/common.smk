@@ -1,15 +1,25 @@
-"""What the rules share: the experiment, its cells, and the command-line options that describe them."""
+"""What the rules share: the experiment, its cells, the command-line options that describe them, what jobs need."""
 
+import functools
+import gc
 import json
+import os
 import shlex
 import shutil
+from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 
 from patch.artefacts import PatchError, checksum_json
+from patch.cluster import needs
+from patch.cluster.site import Gpu, load_site
 from patch.experiments import load_experiment
 from patch.provenance import code_hash
+
+# A large grid makes millions of objects that live to the end; looking for garbage among them takes a sixth of the time.
+# It is looked for again when jobs run (`onstart`), but not among these.
+gc.disable()
 
 CONFIG_FILES = [str(path) for path in workflow.config_settings.configfiles] or [
     "workflow/config/demo.yaml"
@@ -19,6 +29,7 @@ OVERRIDES = dict(workflow.config_settings.config)
 try:
     EXPERIMENT = load_experiment(CONFIG_FILES, OVERRIDES)
     GRID = EXPERIMENT.expand()
+    SITE = load_site(Path(workflow.basedir) / "slurm" / "site.yaml")
 except PatchError as error:
     raise WorkflowError(str(error)) from None
 
@@ -32,7 +43,10 @@ ENVIRONMENT = "../../environment.yml"
 # Jobs that compute take one of the `gpu` resource; `--resources gpu=1` then keeps them from sharing one.
 GPUS = int(
     EXPERIMENT.device == "cuda"
-    or (EXPERIMENT.device == "auto" and shutil.which("nvidia-smi") is not None)
+    or (
+        EXPERIMENT.device == "auto"
+        and (SITE.gpu is not None or shutil.which("nvidia-smi") is not None)
+    )
 )
 
 TABLE_NAMES = ["accuracy", "tasks"]
@@ -60,8 +74,17 @@ TITLES = {
     "training_curves": "Training curves",
 }
 
+# Braces would be placeholders.
+if "SLURM_JOB_ID" in os.environ and SITE.setup:
+    shell.prefix(SITE.setup.replace("{", "{{").replace("}", "}}").rstrip() + "\n")
+
 if workflow.is_main_process:
     logger.info(f"{EXPERIMENT.name}: {GRID.summary()}")
+
+
+def collect_garbage_again():
+    gc.freeze()
+    gc.enable()
 
 
 def refuse_unrunnable():
@@ -125,6 +148,21 @@ def training_tokens(wildcards):
     return f"{RUN}/{CELLS[wildcards.cell].model}/tokens/training.safetensors"
 
 
+def network_files():
+    """What the `prepare` stages bring to this machine; text that a model writes itself is left to a GPU."""
+    models = {cell.model: cell for cell in CELLS.values()}
+    files = [f"{RUN}/{model}/model.json" for model in models]
+    files += [path for cell in models.values() for path in _texts(cell.model).values()]
+    for cell in CELLS.values():
+        tokens = f"{RUN}/{cell.model}/tokens"
+        if cell.calibration:
+            files.append(f"{tokens}/calibration-seed-{cell.seed}.safetensors")
+        if cell.training and not cell.training.generated:
+            files.append(f"{tokens}/training.safetensors")
+    files += [f"{RUN}/tasks.json"] if EXPERIMENT.evaluation.tasks else []
+    return list(dict.fromkeys(files))
+
+
 def prior_masks(wildcards):
     """The masks that a learned cell starts from, by role."""
     prerequisites = CELLS[wildcards.cell].prerequisites
@@ -161,21 +199,22 @@ def mask_file(cell):
     return f"{RUN}/{cell.path}/{cell.mask_stage}/mask.safetensors"
 
 
-def cell_mask(wildcards):
+def evaluate_inputs(wildcards):
+    """All in one function: in a large grid, calling them is what a dry-run spends its time on."""
     cell = CELLS[wildcards.cell]
-    return mask_file(cell) if cell.mask_stage else []
+    return {
+        **_texts(cell.model),
+        "model": f"{RUN}/{cell.model}/model.json",
+        "mask": mask_file(cell) if cell.mask_stage else [],
+        "tasks": f"{RUN}/tasks.json" if EXPERIMENT.evaluation.tasks else [],
+    }
 
 
-def cell_texts(wildcards):
-    model = CELLS[wildcards.cell].model
+def _texts(model):
     return {
         text: f"{RUN}/{model}/tokens/text-{text}.safetensors"
         for text in EXPERIMENT.evaluation.perplexity
     }
-
-
-def tasks_marker(wildcards):
-    return f"{RUN}/tasks.json" if EXPERIMENT.evaluation.tasks else []
 
 
 def task_names():
@@ -187,7 +226,7 @@ def evaluate_options(wildcards, input):
     mask = ["--mask", input.mask] if input.mask else []
     texts = [
         item
-        for name, file in cell_texts(wildcards).items()
+        for name, file in _texts(CELLS[wildcards.cell].model).items()
         for item in ("--text", f"{name}={file}")
     ]
     return shlex.join(mask + texts + task_options() + ["--device", EXPERIMENT.device])
@@ -205,6 +244,65 @@ def task_options():
         for name, n in tasks.limits.items()
         for item in ("--limit-for", f"{name}={n}")
     ]
+
+
+def cluster_resources(stage):
+    """What a rule's jobs ask of a cluster, by the names that Slurm executors know. Runs on one machine ignore it."""
+    computes = bool(GPUS) and stage != "prepare"
+    cpus = {"cpus_per_task": max(EXPERIMENT.threads, needs.CPUS_PER_GPU)}
+    return {
+        **SITE.resources(computes),
+        **(cpus if computes else {}),
+        "mem_mb": lambda wildcards, attempt: _needs(
+            stage, wildcards, attempt
+        ).memory_mb,
+        "runtime": lambda wildcards, attempt: _needs(stage, wildcards, attempt).minutes,
+    }
+
+
+def learning_resources():
+    """As above, with as many GPUs and nodes as the model needs, where the site says how many there are of what size."""
+    if SITE.gpu is None:
+        return cluster_resources("learn") | {"gpu": GPUS, "nodes": 1}
+    return cluster_resources("learn") | {
+        "gpu": lambda wildcards: _needs("learn", wildcards).gpus,
+        "nodes": lambda wildcards: _needs("learn", wildcards).nodes,
+        "cpus_per_task": lambda wildcards: max(
+            EXPERIMENT.threads, _needs("learn", wildcards).cpus
+        ),
+    }
+
+
+def _needs(stage, wildcards, attempt=1):
+    return _needs_of(stage, wildcards.get("cell") or wildcards.get("model"), attempt)
+
+
+@functools.lru_cache(maxsize=1024)
+def _needs_of(stage, name, attempt):
+    """name: the cell, or the model of stages that serve all cells of a model; None for stages without any."""
+    gpu = (SITE.gpu or Gpu()) if GPUS else None
+    if stage == "prepare":
+        return needs.preparation(_parameters(name) if name else 0, attempt)
+    if stage == "generate":
+        text = EXPERIMENT.training
+        tokens = text.samples * text.length * text.generated
+        return needs.generation(
+            _parameters(name), tokens, gpu, EXPERIMENT.threads, attempt
+        )
+    cell = CELLS[name]
+    return needs.stage(
+        cell,
+        stage,
+        _parameters(cell.model),
+        gpu,
+        EXPERIMENT.threads,
+        SITE.max_minutes,
+        attempt,
+    )
+
+
+def _parameters(model):
+    return needs.parameter_count(EXPERIMENT.models[model], f"{RUN}/{model}/model.json")
 
 
 def cell_records(wildcards):

@@ -3,10 +3,7 @@
 
 rule evaluate:
     input:
-        unpack(cell_texts),
-        model=cell_model,
-        mask=cell_mask,
-        tasks=tasks_marker,
+        unpack(evaluate_inputs),
     output:
         record=f"{RUN}/{{cell}}/evaluate/record.json",
         per_item=f"{RUN}/{{cell}}/evaluate/items.parquet",
@@ -18,7 +15,10 @@ rule evaluate:
         ENVIRONMENT
     threads: EXPERIMENT.threads
     resources:
+        **cluster_resources("evaluate"),
         gpu=GPUS,
+        # Finished texts and tasks are kept.
+        requeues=5,
     params:
         options=evaluate_options,
         key=lambda wildcards: CELLS[wildcards.cell].key("evaluate"),

@@ -20,7 +20,9 @@ rule learn:
         ENVIRONMENT
     threads: EXPERIMENT.threads
     resources:
-        gpu=GPUS,
+        **learning_resources(),
+        # Saves its state when it is told to stop: a time limit is no end.
+        requeues=50,
     params:
         options=learn_options,
         key=lambda wildcards: CELLS[wildcards.cell].key("learn"),
@@ -28,4 +30,5 @@ rule learn:
         state=f"{STATE}/learn",
     shell:
         "python -m patch learn --model {input.model} {params.options}"
+        " --nodes {resources.nodes} --processes {resources.gpu}"
         " --threads {threads} --key {params.key} --state {params.state} --output {params.directory} > {log} 2>&1"

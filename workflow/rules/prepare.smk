@@ -1,6 +1,16 @@
 """Models, tokens and questions: everything that may need a network, before anything that needs a GPU."""
 
 
+localrules:
+    prepare,
+
+
+# All that may need a network, for clusters whose nodes have none: run this first where there is one.
+rule prepare:
+    input:
+        network_files(),
+
+
 rule prepare_model:
     output:
         f"{RUN}/{{model}}/model.json",
@@ -10,6 +20,8 @@ rule prepare_model:
         f"{LOGS}/{{model}}/prepare_model.tsv"
     conda:
         ENVIRONMENT
+    resources:
+        **cluster_resources("prepare"),
     params:
         options=prepare_model_options,
     shell:
@@ -27,6 +39,8 @@ rule prepare_calibration:
         f"{LOGS}/{{model}}/calibration-seed-{{seed}}.tsv"
     conda:
         ENVIRONMENT
+    resources:
+        **cluster_resources("prepare"),
     params:
         options=calibration_options,
         code=code_hash("prepare"),
@@ -47,6 +61,7 @@ rule prepare_training:
     conda:
         ENVIRONMENT
     resources:
+        **cluster_resources("generate" if EXPERIMENT.training.generated else "prepare"),
         gpu=GPUS * EXPERIMENT.training.generated,
     params:
         options=training_options,
@@ -68,6 +83,8 @@ rule prepare_text:
         text="|".join(EXPERIMENT.evaluation.perplexity) or "none",
     conda:
         ENVIRONMENT
+    resources:
+        **cluster_resources("prepare"),
     params:
         options=perplexity_options,
         code=code_hash("prepare"),
@@ -84,6 +101,8 @@ rule prepare_tasks:
         f"{LOGS}/prepare_tasks.tsv"
     conda:
         ENVIRONMENT
+    resources:
+        **cluster_resources("prepare"),
     params:
         options=shlex.join(task_names()),
     shell:

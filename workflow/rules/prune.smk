@@ -18,6 +18,7 @@ rule prune:
         ENVIRONMENT
     threads: EXPERIMENT.threads
     resources:
+        **cluster_resources("prune"),
         gpu=GPUS,
     params:
         options=prune_options,

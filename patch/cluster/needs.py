@@ -1,0 +1,176 @@
+"""What a job needs: memory, time and GPUs, from the model's size, the method and the kind of GPU.
+
+Estimates with room to spare, for a scheduler that kills what exceeds them. They come from measured rates and from the
+components of `patch.learning.memory.memory_estimate`, which a test compares; a retry asks for more (`attempt`). Light
+on purpose (no torch): the workflow reads it at every start.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from patch.artefacts import PatchError, read_json
+from patch.cluster.site import Gpu
+from patch.experiments import Cell, ModelSource, Stage
+from patch.methods import METHODS, Learned, LearnedPatterns
+
+FLOPS = {"h200": 2.0e14, "h100": 2.0e14, "a100": 1.0e14, "a6000": 4e13, "l40": 6e13, "v100": 3e13}
+"""FLOP per second that learning sustains, by kind of GPU: about a third of what its kernels reach in long runs."""
+FLOPS_UNKNOWN_GPU = 3e13
+FLOPS_PER_THREAD = 3e10
+"""Of one CPU thread in float32: 8 x 135 M x 28 tokens per second (the demo's learning on one core)."""
+TASK_TOKENS = 12e6
+"""Tokens of the paper's eight tasks without limits."""
+TOKENS_PER_QUESTION = 600
+"""Of one question with all its answers, where questions are limited."""
+START_MINUTES = 10
+"""Starting Python, loading a model, compiling."""
+LIBRARIES_GIB = 4.0
+"""Host memory of Python, PyTorch and CUDA themselves."""
+CPUS_PER_GPU = 4
+MARGIN = 3.0
+"""Times the estimated time."""
+_STATE_BYTES = {"adamw_torch": None, "adamw_fused": 8, "adamw_8bit": 2, "adamw_apex": 8}
+"""Of both moments together, per logit; None: twice the logit's own."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Of one job."""
+
+    memory_mb: int
+    """Host memory of a node."""
+    minutes: int
+    gpus: int = 0
+    """On every node."""
+    nodes: int = 1
+
+    @property
+    def cpus(self) -> int:
+        """CPUs that go with its GPUs, on a node."""
+        return CPUS_PER_GPU * self.gpus
+
+
+def parameter_count(source: ModelSource, prepared: Path | str) -> float:
+    """Parameters of a model: from its `model.json` where it is prepared, else from its name, else a billion."""
+    try:
+        return float(read_json(prepared, "patch.model/1")["parameters"])
+    except (PatchError, KeyError):
+        found = re.findall(r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", source.source.lower())
+        return float(found[-1][0]) * {"b": 1e9, "m": 1e6}[found[-1][1]] if found else 1e9
+
+
+def preparation(parameters: float, attempt: int = 1) -> Needs:
+    """Of one of the `prepare` stages: loading the model once, downloading, tokenising."""
+    return Needs(_memory_mb(4 * parameters / 2**30, attempt), 60 * attempt)
+
+
+def generation(parameters: float, tokens: float, gpu: Gpu | None, threads: int, attempt: int = 1) -> Needs:
+    """Of sampling training text from the model itself; a token at a time, it reaches a tenth of the usual rate."""
+    seconds = 10 * 2 * parameters * tokens / _flops(gpu, threads)
+    return Needs(_memory_mb(4 * parameters / 2**30, attempt), _minutes(seconds, attempt), int(gpu is not None))
+
+
+def stage(
+    cell: Cell, name: Stage, parameters: float, gpu: Gpu | None, threads: int, max_minutes: int, attempt: int = 1
+) -> Needs:
+    """Of a stage of a cell. gpu: the kind it runs on, None for a CPU. attempt: counts from 1; more asks for more."""
+    weights = parameters * (4 if cell.source.dtype == "float32" else 2) / 2**30
+    memory, gpus, nodes = 2 * weights, int(gpu is not None), 1
+    if name == "learn":
+        method = METHODS[cell.method](**cell.options)
+        assert isinstance(method, Learned)
+        assert cell.training
+        read = method.steps * method.batch_size * cell.training.length
+        if gpu:
+            gpus, nodes = learning_gpus(parameters, weights, method, cell.training.length, gpu)
+        seconds = 8 * parameters * read / (_flops(gpu, threads) * max(1, gpus * nodes))
+        memory += _saved_gib(parameters, method)  # a state is copied to the host before it is written
+        memory += 0 if gpu else learning_gib(parameters, weights, method, cell.training.length)
+    elif name == "prune":
+        looked_at = cell.calibration.samples * cell.calibration.length if cell.calibration else 0
+        solving = 600 * parameters / 1e9 if cell.method in ("sparsegpt", "thanos") else 0
+        seconds = 4 * parameters * looked_at / _flops(gpu, threads) + solving * (1 if gpu else 10 / threads)
+        memory += 8 * looked_at * _width(parameters) / 2**30  # inputs and outputs of the block under way
+    else:
+        texts = cell.evaluation.perplexity.values()
+        tokens = sum(text.length * (text.windows or 340_000 / text.length) for text in texts) + _task_tokens(cell)
+        seconds = 3 * 2 * parameters * tokens / _flops(gpu, threads)  # short questions fill a GPU badly
+    return Needs(_memory_mb(memory, attempt), min(_minutes(seconds, attempt), max_minutes), gpus, nodes)
+
+
+def learning_gib(parameters: float, weights: float, method: Learned, length: int) -> float:
+    """Device memory of learning on one device. weights: GiB of the model."""
+    logit, gradient, state = _logit_bytes(method)
+    logits = 1.5 * parameters if isinstance(method, LearnedPatterns) else 0.0
+    width = _width(parameters)
+    blocks = max(1.0, parameters / (12 * width**2))
+    element = weights / parameters
+    tokens = method.micro_batch_size * length
+    effective = 2 * weights / blocks if method.checkpointing == "all" else weights
+    live = blocks if method.checkpointing == "off" else 1
+    activations = tokens * width * element * (blocks + 28 * live)
+    return weights + logits * (logit + gradient + state) / 2**30 + effective + activations + 1.5
+
+
+def learning_gpus(parameters: float, weights: float, method: Learned, length: int, gpu: Gpu) -> tuple[int, int]:
+    """GPUs per node and nodes whose memory together holds a learning job, its weights and logits split over them.
+
+    A batch divides over powers of two.
+    """
+    whole = learning_gib(parameters, weights, method, length)
+    logit, gradient, state = _logit_bytes(method)
+    logits = 1.5 * parameters if isinstance(method, LearnedPatterns) else 0.0
+    split = weights + logits * (logit + gradient + state) / 2**30
+    room = 0.9 * gpu.memory_gib
+    count = 1
+    while whole - split + split / count > room and count < 64:
+        count *= 2
+    return min(count, gpu.per_node), math.ceil(count / gpu.per_node)
+
+
+def _logit_bytes(method: Learned) -> tuple[int, int, int]:
+    """Of a logit, its gradient and its optimiser state."""
+    logit = 4 if method.logits_dtype == "float32" else 2
+    gradient = 4 if method.gradient_dtype == "float32" else 2
+    return logit, gradient, _STATE_BYTES[method.optimizer] or 2 * logit
+
+
+def _saved_gib(parameters: float, method: Learned) -> float:
+    logit, _, state = _logit_bytes(method)
+    return 1.5 * parameters * (logit + state) / 2**30 if isinstance(method, LearnedPatterns) else 0.0
+
+
+def _width(parameters: float) -> float:
+    """Hidden size of a usual decoder: 900 at 0.5, 2000 at 1.2 and 4100 at 7 billion parameters."""
+    return 1900 * (parameters / 1.2e9) ** 0.42
+
+
+def _task_tokens(cell: Cell) -> float:
+    tasks = cell.evaluation.tasks
+    if tasks is None:
+        return 0.0
+    if tasks.limit is None:
+        return TASK_TOKENS
+    limits = [tasks.limits.get(name, tasks.limit) * (57 if name == "mmlu" else 1) for name in tasks.names]
+    return sum(limits) * TOKENS_PER_QUESTION
+
+
+def _flops(gpu: Gpu | None, threads: int) -> float:
+    if gpu is None:
+        return threads * FLOPS_PER_THREAD
+    kind = (gpu.kind or "").lower()
+    return next((rate for name, rate in FLOPS.items() if name in kind), FLOPS_UNKNOWN_GPU)
+
+
+def _memory_mb(gib: float, attempt: int) -> int:
+    """After a job that ran out of memory: half as much again, then twice. Whole GiB, so that jobs share arrays."""
+    return 1024 * math.ceil((LIBRARIES_GIB + gib) * (1 + 0.5 * (attempt - 1)))
+
+
+def _minutes(seconds: float, attempt: int) -> int:
+    """In quarters of an hour, so that jobs share arrays."""
+    return 15 * math.ceil((START_MINUTES + MARGIN * seconds / 60) * attempt / 15)
