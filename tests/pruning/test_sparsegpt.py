@@ -7,8 +7,9 @@ import torch
 
 from patch.artefacts import PatchError
 from patch.methods import Magnitude, SparseGPT, Wanda
+from patch.pruning.hessian import Hessian
 from patch.pruning.magnitude import MagnitudePruner
-from patch.pruning.sparsegpt import Hessian, SparseGPTPruner
+from patch.pruning.sparsegpt import SparseGPTPruner
 from patch.pruning.wanda import WandaPruner
 from patch.sparsity.patterns import Pattern
 
