@@ -138,7 +138,7 @@ def prepare_tasks(
 def prune(
     model: Model,
     output: Output,
-    method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt.")] = "wanda",
+    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt or thanos.")] = "wanda",
     pattern: Annotated[str, typer.Option(help="N:M such as 2:4, or unstructured.")] = "2:4",
     sparsity: Annotated[float, typer.Option(help="Percent to prune, for patterns that do not fix it.")] = 50.0,
     option: MethodOptions = None,

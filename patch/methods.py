@@ -1,8 +1,8 @@
 """Every method of the paper: its hyper-parameters with their sources, and which of them run today.
 
 Light on purpose (no torch): the grid, the workflow and the pruning code all read it.
-Source tags: WANDA = locuslab/wanda, SGPT = IST-DASLab/sparsegpt, SLIM = Paramathic/slim,
-PATCH = arXiv 2509.23410.
+Source tags: WANDA = locuslab/wanda, SGPT = IST-DASLab/sparsegpt, THAN = vectozavr/thanos,
+SLIM = Paramathic/slim, PATCH = arXiv 2509.23410.
 """
 
 from __future__ import annotations
@@ -76,10 +76,20 @@ class SparseGPT(Method):
 
 
 class Thanos(Method):
-    """Joint least-squares updates per row (vectozavr/thanos). Listed, not yet runnable."""
+    """Wanda's scores with least-squares updates of whole rows, block by block (arXiv 2504.05346)."""
 
     title = "Thanos"
     patterns = ("n:m", "unstructured")
+    runs = True
+
+    block_size: int = Field(512, ge=4, multiple_of=4)
+    """Columns whose mask is fixed, and whose pruned weights are made up for, together (512 in THAN `main.py`; 128 in
+    its function's default and in PATCH's scripts)."""
+    damping: float = Field(0.01, gt=0)
+    """Share of the mean Hessian diagonal that is added to the diagonal (THAN default 0.01)."""
+    dense_row: bool = False
+    """Leave the row with the largest outputs dense, as the reference does in N:M mode at any setting of its
+    `perc_outliers`: its slice ends one row early. It sees the last calibration sequence only. 2:4 only."""
 
 
 class ProxSparse(Method):

@@ -97,7 +97,10 @@ def test_sparsegpt_options_reach_the_method(model_directory: Path, text_file: Pa
     ("arguments", "message"),
     [
         (["--method", "wnda"], "method 'wnda': unknown; choose one of"),
-        (["--method", "thanos"], "method 'thanos': part of the paper's grid, but this version cannot run it yet"),
+        (
+            ["--method", "proxsparse"],
+            "method 'proxsparse': part of the paper's grid, but this version cannot run it yet",
+        ),
         (["--method", "sparsegpt", "--set", "dampin=1"], "option 'dampin'"),
         (["--method", "magnitude", "--pattern", "2-4"], "pattern '2-4': not one of"),
         (["--method", "magnitude", "--pattern", "3:5"], "64 inputs do not split into 5s"),

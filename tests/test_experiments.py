@@ -389,11 +389,11 @@ def test_only_selects_a_part_without_a_word_about_the_rest():
 
 
 def test_the_summary_counts_and_names_what_cannot_run_yet():
-    grid = [{"methods": ["dense", "wanda", "maskllm", "thanos"]}]
+    grid = [{"methods": ["dense", "wanda", "maskllm", "proxsparse"]}]
     summary = experiment(grid=grid).expand().summary()
     assert summary.startswith("4 cells")
     marked = [line.split()[0] for line in summary.splitlines() if "listed, not yet runnable" in line]
-    assert marked == ["Thanos"]
+    assert marked == ["ProxSparse"]
     assert [cell.runs for cell in experiment(grid=grid).cells()] == [True, True, True, False]
 
 

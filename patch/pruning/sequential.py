@@ -21,12 +21,13 @@ from transformers import PreTrainedModel
 
 from patch.artefacts import PatchError
 from patch.data import TokenSet
-from patch.methods import Magnitude, Method, SparseGPT, Wanda
+from patch.methods import Magnitude, Method, SparseGPT, Thanos, Wanda
 from patch.models import decoder_blocks, prunable_linears, vocabulary_size
 from patch.progress import track
 from patch.pruning.base import Pruned, Pruner, Statistic
 from patch.pruning.magnitude import MagnitudePruner
 from patch.pruning.sparsegpt import SparseGPTPruner
+from patch.pruning.thanos import ThanosPruner
 from patch.pruning.wanda import WandaPruner
 from patch.sparsity.maskset import LinearMask, MaskSet, fingerprint
 from patch.sparsity.patterns import Pattern
@@ -85,6 +86,8 @@ def make_pruner(method: Method) -> Pruner:
             return WandaPruner(method)
         case SparseGPT():
             return SparseGPTPruner(method)
+        case Thanos():
+            return ThanosPruner(method)
     raise PatchError(f"method {method.title}: not a one-shot pruning method.")
 
 
@@ -95,7 +98,9 @@ def _prune_linear(
     if not weight.isfinite().all():
         raise PatchError(f"layer {name}: its weights hold NaN or Inf; the checkpoint is damaged, load it again.")
     pruned: Pruned = pruner.prune(weight, statistic, pattern, sparsity)
-    mask = LinearMask.from_keep_mask(pruned.keep_mask, pattern, new_weight=pruned.new_weight)
+    mask = LinearMask.from_keep_mask(
+        pruned.keep_mask, pruned.pattern or pattern, dense_tiles=pruned.dense_tiles, new_weight=pruned.new_weight
+    )
     mask.apply_(weight)
     if not weight.isfinite().all():
         raise PatchError(f"layer {name}: pruning made NaN or Inf weights; use more calibration or a larger damping.")

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from patch.artefacts import PatchError
-from patch.methods import Dense, Magnitude, SparseGPT, Wanda
+from patch.methods import Dense, Magnitude, SparseGPT, Thanos, Wanda
 from patch.models import prunable_linears
 from patch.pruning import prune_model, sequential
 from patch.sparsity.maskset import MaskSet
@@ -18,7 +18,13 @@ from patch.sparsity.patterns import Pattern
 
 TWO_FOUR = Pattern("n:m", 2, 4)
 UNSTRUCTURED = Pattern("unstructured")
-METHODS = {"magnitude": Magnitude(), "wanda": Wanda(), "sparsegpt": SparseGPT(block_size=32)}
+METHODS = {
+    "magnitude": Magnitude(),
+    "wanda": Wanda(),
+    "sparsegpt": SparseGPT(block_size=32),
+    "thanos": Thanos(block_size=32),
+}
+UPDATES_WEIGHTS = ("sparsegpt", "thanos")
 
 
 def linears_by_block(model: nn.Module) -> list[dict[str, nn.Linear]]:
@@ -65,7 +71,7 @@ def test_every_linear_of_the_blocks_is_pruned_and_nothing_else(architecture, met
         keep = masks.linears[name].keep_mask()
         assert (keep.reshape(-1, 4).sum(1) == 2).all()
         assert torch.equal(weight != 0, keep)
-        if method != "sparsegpt":
+        if method not in UPDATES_WEIGHTS:
             assert torch.equal(weight, before * keep)
     before = dict(original.named_parameters())
     for name, parameter in model.named_parameters():
@@ -114,7 +120,7 @@ def test_the_second_block_would_be_scored_otherwise_on_the_dense_model(tiny_mode
     assert any(not torch.equal(masks.linears[name].keep_mask(), keep) for name, keep in on_dense.items())
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "thanos"])
 @pytest.mark.parametrize("architecture_with_batches", ["llama", "gemma3", "opt"])
 def test_the_batch_size_of_calibration_does_not_matter(
     architecture_with_batches, method, tiny_model, tokens, monkeypatch
@@ -143,7 +149,9 @@ def test_the_same_call_twice_gives_the_same_file(tiny_model, tokens, tmp_path):
     assert len(checksums) == 1
 
 
-@pytest.mark.parametrize(("method", "per"), [("magnitude", "layer"), ("wanda", "row"), ("sparsegpt", "block")])
+@pytest.mark.parametrize(
+    ("method", "per"), [("magnitude", "layer"), ("wanda", "row"), ("sparsegpt", "block"), ("thanos", "layer")]
+)
 def test_unstructured_pruning_meets_the_target_in_every_layer(method, per, tiny_model, tokens):
     masks = prune_model(tiny_model("llama"), METHODS[method], UNSTRUCTURED, 0.45, tokens())
     for name, mask in masks.linears.items():
@@ -220,7 +228,7 @@ def test_damaged_weights_name_the_layer(method, bad, tiny_model, tokens):
         prune_model(model, METHODS[method], TWO_FOUR, 0.5, tokens())
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "thanos"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_damaged_activations_name_the_first_layer_that_sees_them(method, bad, tiny_model, tokens):
     model, calibration = tiny_model("llama"), tokens()
@@ -242,7 +250,7 @@ def test_tokens_of_another_vocabulary_are_refused(tiny_model, tokens):
         prune_model(tiny_model("llama"), Wanda(), TWO_FOUR, 0.5, tokens(vocabulary=1000))
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "thanos"])
 def test_missing_calibration_is_told(method, tiny_model):
     with pytest.raises(PatchError, match=f"method {METHODS[method].title}: needs calibration tokens"):
         prune_model(tiny_model("llama"), METHODS[method], TWO_FOUR, 0.5)
