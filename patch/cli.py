@@ -138,7 +138,7 @@ def prepare_tasks(
 def prune(
     model: Model,
     output: Output,
-    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt or thanos.")] = "wanda",
+    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, thanos or random.")] = "wanda",
     pattern: Annotated[str, typer.Option(help="N:M such as 2:4, or unstructured.")] = "2:4",
     sparsity: Annotated[float, typer.Option(help="Percent to prune, for patterns that do not fix it.")] = 50.0,
     option: MethodOptions = None,
@@ -191,7 +191,7 @@ def prune(
                 tokens = _tokens(calibration or "c4", model, revision, sampling, samples, length, seed)
                 record.inputs["calibration"] = tokens.checksum
                 record.protocol["calibration"] = tokens.protocol
-            masks = prune_model(loaded, chosen, parsed, share, tokens, _device(device))
+            masks = prune_model(loaded, chosen, parsed, share, tokens, _device(device), seed)
             masks.recipe = {**arguments, "calibration": tokens.protocol if tokens else None}
             record.outputs["mask.safetensors"] = masks.save(output / "mask.safetensors")
             record.inputs["model"] = masks.base_fingerprint or ""

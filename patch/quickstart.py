@@ -264,7 +264,7 @@ def _one_shot(
             seed=seed,
             split="train",
         )
-    return prune_model(copy.deepcopy(model), method, Pattern.parse(pattern), share, tokens, _device())
+    return prune_model(copy.deepcopy(model), method, Pattern.parse(pattern), share, tokens, _device(), seed)
 
 
 def _device() -> str:

@@ -89,7 +89,7 @@ def test_sparsegpt_options_reach_the_method(model_directory: Path, text_file: Pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "record.json").read_text())
-    assert record["arguments"]["options"] == {"damping": 0.1, "block_size": 32}
+    assert record["arguments"]["options"] == {"layers": "all", "damping": 0.1, "block_size": 32}
     assert MaskSet.load(tmp_path / "out" / "mask.safetensors").sparsity == pytest.approx(0.3, abs=0.002)
 
 

@@ -205,6 +205,56 @@ def test_progress_is_logged_with_the_blocks(tiny_model, tokens, monkeypatch, cap
     assert any("block 1/2" in message and "left" in message for message in caplog.messages)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_3_4_prunes_a_quarter_of_every_group(method, tiny_model, tokens, tmp_path):
+    model = tiny_model("llama")
+    prune_model(model, METHODS[method], Pattern.parse("3:4"), 0.5, tokens()).save(tmp_path / "masks")
+    masks = MaskSet.load(tmp_path / "masks")
+    assert masks.sparsity == 0.25
+    for name, linear in prunable_linears(model).items():
+        keep = masks.linears[name].keep_mask()
+        assert (keep.reshape(-1, 4).sum(1) == 3).all()
+        assert torch.equal(linear.weight != 0, keep)
+
+
+# pruning MLPs only
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_attention_stays_dense_and_the_mask_says_so(architecture, method, tiny_model, tokens, tmp_path):
+    model, original = tiny_model(architecture), tiny_model(architecture)
+    options = METHODS[method].model_copy(update={"layers": "mlp"})
+    prune_model(model, options, TWO_FOUR, 0.5, tokens()).save(tmp_path / "masks")
+    masks, linears, pruned, total = MaskSet.load(tmp_path / "masks"), prunable_linears(model), 0, 0
+    assert list(masks.linears) == list(linears)
+    for name, linear in linears.items():
+        attention = any(projection in name for projection in ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj"))
+        assert str(masks.linears[name].pattern) == ("dense" if attention else "2:4")
+        if attention:
+            assert torch.equal(linear.weight, original.get_submodule(name).weight)
+        pruned, total = pruned + (linear.weight == 0).sum().item(), total + linear.weight.numel()
+    assert 0.1 < pruned / total < 0.45
+    assert masks.sparsity == pytest.approx(pruned / total)
+    masks.apply_(prunable_linears(original))
+    for ours, theirs in zip(model.parameters(), original.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_mlps_may_divide_where_attention_does_not(tiny_model, tokens):
+    masks = prune_model(
+        tiny_model("qwen3", head_dim=6, num_attention_heads=3, num_key_value_heads=1),
+        Wanda(layers="mlp"), TWO_FOUR, 0.5, tokens(),
+    )  # fmt: skip
+    assert masks.linears["model.layers.0.self_attn.o_proj"].shape == (64, 18)
+
+
+def test_layers_without_attention_in_their_names_are_all_or_nothing():
+    linears = {"blocks.0.mix": nn.Linear(4, 4), "blocks.0.up": nn.Linear(4, 4)}
+    assert sequential._chosen(linears, Wanda()) == linears
+    with pytest.raises(PatchError, match=r"do not divide into attention and MLP by their names \(blocks\.0\.mix"):
+        sequential._chosen(linears, Wanda(layers="mlp"))
+
+
 # what cannot be pruned
 
 
