@@ -146,7 +146,7 @@ def prepare_tasks(
 def prune(
     model: Model,
     output: Output,
-    method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt.")] = "wanda",
+    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, thanos or random.")] = "wanda",
     pattern: Annotated[str, typer.Option(help="N:M such as 2:4, or unstructured.")] = "2:4",
     sparsity: Annotated[float, typer.Option(help="Percent to prune, for patterns that do not fix it.")] = 50.0,
     option: MethodOptions = None,
@@ -199,7 +199,7 @@ def prune(
                 tokens = _tokens(calibration or "c4", model, revision, sampling, samples, length, seed)
                 record.inputs["calibration"] = tokens.checksum
                 record.protocol["calibration"] = tokens.protocol
-            masks = prune_model(loaded, chosen, parsed, share, tokens, _device(device))
+            masks = prune_model(loaded, chosen, parsed, share, tokens, _device(device), seed)
             masks.recipe = {**arguments, "calibration": tokens.protocol if tokens else None}
             record.outputs["mask.safetensors"] = masks.save(output / "mask.safetensors")
             record.inputs["model"] = masks.base_fingerprint or ""
@@ -627,6 +627,48 @@ def benchmark_curves(
     )  # fmt: skip
     write_text(output, curves.to_csv(index=False))
     log.info("%s", ", ".join(f"{name} {value:.4f}" for name, value in summary(curves).items()))
+
+
+@benchmark.command("pruning")
+def benchmark_pruning(
+    output: RowsFile,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="A shape of `benchmark learning`, or a layer OUTxIN. Default: qwen2.5-0.5b and llama-2-7b."),
+    ] = None,
+    method: Annotated[list[str] | None, typer.Option(help="A one-shot method; repeat for more. Default: all.")] = None,
+    pattern: Annotated[
+        list[str] | None, typer.Option(help="N:M or unstructured; repeat for more. Default: 2:4 and unstructured.")
+    ] = None,
+    sparsity: Annotated[float, typer.Option(help="Percent to prune, for patterns that do not fix it.")] = 50.0,
+    wanda: Annotated[Path | None, typer.Option(help="Checkout of locuslab/wanda to time too.")] = None,
+    sparsegpt: Annotated[Path | None, typer.Option(help="Checkout of IST-DASLab/sparsegpt to time too.")] = None,
+    thanos: Annotated[Path | None, typer.Option(help="Checkout of vectozavr/thanos to time too.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 128,
+    length: Length = 2048,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """One-shot pruning of single layers beside the reference implementations: time, memory, masks, output errors."""
+    import torch
+
+    from patch.benchmarking.pruning import measure
+    from patch.benchmarking.references import REPOSITORIES
+    from patch.sparsity.patterns import Pattern
+
+    _use_threads(threads)
+    given = {"wanda": wanda, "sparsegpt": sparsegpt, "thanos": thanos}
+    checkouts = {name: path for name, path in given.items() if path}
+    for layer in shape or ["qwen2.5-0.5b", "llama-2-7b"]:
+        for name in method or REPOSITORIES:
+            for text in pattern or ["2:4", "unstructured"]:
+                parsed = Pattern.parse(text)
+                share = sparsity / 100 if parsed.fixed_sparsity is None else parsed.fixed_sparsity
+                for row in measure(
+                    layer, name, parsed, share, checkouts,
+                    samples=samples, length=length, device=torch.device(_device(device)),
+                ):  # fmt: skip
+                    _add_row(output, row)
 
 
 def _add_row(output: Path, row: dict[str, Any], complete: Callable[[Any], Any] = lambda rows: rows) -> None:

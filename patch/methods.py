@@ -1,8 +1,8 @@
 """Every method of the paper: its hyper-parameters with their sources, and which of them run today.
 
 Light on purpose (no torch): the grid, the workflow and the pruning code all read it.
-Source tags: WANDA = locuslab/wanda, SGPT = IST-DASLab/sparsegpt, SLIM = Paramathic/slim,
-PATCH = arXiv 2509.23410.
+Source tags: WANDA = locuslab/wanda, SGPT = IST-DASLab/sparsegpt, THAN = vectozavr/thanos,
+SLIM = Paramathic/slim, PATCH = arXiv 2509.23410.
 """
 
 from __future__ import annotations
@@ -41,33 +41,48 @@ class Dense(Method):
     runs = True
 
 
-class Magnitude(Method):
+class OneShotMethod(Method):
+    """What every one-shot method shares."""
+
+    runs = True
+
+    layers: Literal["all", "mlp"] = "all"
+    """mlp: leave attention dense. At 2:4 that prunes 33 % (LLaMA-2-7B) to 44 % (Qwen2.5-0.5B) of the weights that could
+    be, which is the range of PATCH: a control that its paper lacks."""
+
+
+class Random(OneShotMethod):
+    """Drop weights drawn at random with the cell's seed: what any choice at all has to beat. Not in the paper."""
+
+    title = "Random"
+    patterns = ("n:m", "unstructured")
+    uses_calibration = False
+
+
+class Magnitude(OneShotMethod):
     """Drop the smallest |w|: per group of M, or per layer when unstructured (WANDA `prune_magnitude`)."""
 
     title = "Magnitude"
     patterns = ("n:m", "unstructured")
     uses_calibration = False
-    runs = True
 
 
-class Wanda(Method):
+class Wanda(OneShotMethod):
     """Drop the smallest |w| * ||x||: per group of M, or per output row when unstructured (arXiv 2306.11695)."""
 
     title = "Wanda"
     patterns = ("n:m", "unstructured")
-    runs = True
 
     shift_zero_metrics: bool = False
     """Add the smallest positive input statistic to all of them, so that weights on dead inputs keep
     their order by magnitude (SLIM `shift_zeros`; off in the paper)."""
 
 
-class SparseGPT(Method):
+class SparseGPT(OneShotMethod):
     """Optimal-brain-surgeon pruning column by column, with weight updates (arXiv 2301.00774)."""
 
     title = "SparseGPT"
     patterns = ("n:m", "unstructured")
-    runs = True
 
     block_size: int = Field(128, ge=4, multiple_of=4)
     """Columns whose updates are propagated lazily together (SGPT default 128)."""
@@ -75,11 +90,20 @@ class SparseGPT(Method):
     """Share of the mean Hessian diagonal that is added to the diagonal (SGPT default 0.01)."""
 
 
-class Thanos(Method):
-    """Joint least-squares updates per row (vectozavr/thanos). Listed, not yet runnable."""
+class Thanos(OneShotMethod):
+    """Wanda's scores with least-squares updates of whole rows, block by block (arXiv 2504.05346)."""
 
     title = "Thanos"
     patterns = ("n:m", "unstructured")
+
+    block_size: int = Field(512, ge=4, multiple_of=4)
+    """Columns whose mask is fixed, and whose pruned weights are made up for, together (512 in THAN `main.py`; 128 in
+    its function's default and in PATCH's scripts)."""
+    damping: float = Field(0.01, gt=0)
+    """Share of the mean Hessian diagonal that is added to the diagonal (THAN default 0.01)."""
+    dense_row: bool = False
+    """Leave the row with the largest outputs dense, as the reference does in N:M mode at any setting of its
+    `perc_outliers`: its slice ends one row early. It sees the last calibration sequence only. 2:4 only."""
 
 
 class ProxSparse(Method):
@@ -239,6 +263,7 @@ class PatchTile(LearnedTiles):
 
 METHODS: dict[str, type[Method]] = {
     "dense": Dense,
+    "random": Random,
     "magnitude": Magnitude,
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
@@ -250,6 +275,7 @@ METHODS: dict[str, type[Method]] = {
 }
 MethodName = Literal[
     "dense",
+    "random",
     "magnitude",
     "wanda",
     "sparsegpt",

@@ -125,6 +125,11 @@ def prunable_linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+def in_attention(name: str) -> bool:
+    """Whether a linear layer belongs to attention, by its full name such as "model.layers.0.self_attn.q_proj"."""
+    return any("attn" in part or "attention" in part for part in name.split(".")[:-1])
+
+
 def content_checksum(model: nn.Module) -> str:
     """SHA-256 of all weights as they are in memory: what exactly was scored."""
     return checksum_tensors(dict(model.state_dict()))

@@ -99,9 +99,9 @@ def prepare_pruned_model(
     """Prune `model` to 2:4 in place, which makes the prior of `learn_mask`, and return it.
 
     checkpoint_name: directory for the masks; where it holds some for this model, they are used instead.
-    prune_args: `prune_method` (magnitude, wanda, sparsegpt, or maskllm with `maskllm_checkpoint`, a MaskSet file),
-        `sparsity_type` ("2:4"), `sparsity_ratio` (0.5), `nsamples`, `calibration_dataset`, `shift_zero_metrics`; ours:
-        `calibration_length` (2048), `calibration_sampling` ("windows").
+    prune_args: `prune_method` (magnitude, wanda, sparsegpt, thanos, or maskllm with `maskllm_checkpoint`, a MaskSet
+        file), `sparsity_type` ("2:4"), `sparsity_ratio` (0.5), `nsamples`, `calibration_dataset`, `shift_zero_metrics`;
+        ours: `calibration_length` (2048), `calibration_sampling` ("windows").
     mask_tile_size: accepted as in the official API; the reference mask serves any tile size.
     target_sparsity_ratio: of the unstructured reference, whose density gives the prior of the tiles.
     """
@@ -264,7 +264,7 @@ def _one_shot(
             seed=seed,
             split="train",
         )
-    return prune_model(copy.deepcopy(model), method, Pattern.parse(pattern), share, tokens, _device())
+    return prune_model(copy.deepcopy(model), method, Pattern.parse(pattern), share, tokens, _device(), seed)
 
 
 def _device() -> str:

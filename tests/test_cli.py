@@ -89,7 +89,7 @@ def test_sparsegpt_options_reach_the_method(model_directory: Path, text_file: Pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "record.json").read_text())
-    assert record["arguments"]["options"] == {"damping": 0.1, "block_size": 32}
+    assert record["arguments"]["options"] == {"layers": "all", "damping": 0.1, "block_size": 32}
     assert MaskSet.load(tmp_path / "out" / "mask.safetensors").sparsity == pytest.approx(0.3, abs=0.002)
 
 
@@ -97,7 +97,10 @@ def test_sparsegpt_options_reach_the_method(model_directory: Path, text_file: Pa
     ("arguments", "message"),
     [
         (["--method", "wnda"], "method 'wnda': unknown; choose one of"),
-        (["--method", "thanos"], "method 'thanos': part of the paper's grid, but this version cannot run it yet"),
+        (
+            ["--method", "proxsparse"],
+            "method 'proxsparse': part of the paper's grid, but this version cannot run it yet",
+        ),
         (["--method", "sparsegpt", "--set", "dampin=1"], "option 'dampin'"),
         (["--method", "magnitude", "--pattern", "2-4"], "pattern '2-4': not one of"),
         (["--method", "magnitude", "--pattern", "3:5"], "64 inputs do not split into 5s"),

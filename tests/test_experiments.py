@@ -330,8 +330,8 @@ def test_variants_apply_to_the_methods_they_name():
         "tiny/magnitude/50-2of4/seed-2",
         "tiny/wanda/50-2of4/shifted/seed-2",
     ]
-    assert cell("tiny/wanda/50-2of4/shifted/seed-2", **changes).options == {"shift_zero_metrics": True}
-    assert cell("tiny/wanda/50-2of4/seed-2", **changes).options == {"shift_zero_metrics": False}
+    assert cell("tiny/wanda/50-2of4/shifted/seed-2", **changes).options == {"layers": "all", "shift_zero_metrics": True}
+    assert cell("tiny/wanda/50-2of4/seed-2", **changes).options == {"layers": "all", "shift_zero_metrics": False}
 
 
 def test_a_variant_adds_to_the_options_of_all_cells():
@@ -340,7 +340,11 @@ def test_a_variant_adds_to_the_options_of_all_cells():
         "methods": {"sparsegpt": {"damping": 0.1, "block_size": 64}},
         "variants": {"coarse": {"sparsegpt": {"block_size": 256}}},
     }
-    assert cell("tiny/sparsegpt/50-2of4/coarse", **changes).options == {"block_size": 256, "damping": 0.1}
+    assert cell("tiny/sparsegpt/50-2of4/coarse", **changes).options == {
+        "layers": "all",
+        "block_size": 256,
+        "damping": 0.1,
+    }
 
 
 def test_two_different_cells_never_share_a_path():
@@ -388,12 +392,26 @@ def test_only_selects_a_part_without_a_word_about_the_rest():
     assert grid.excluded == []
 
 
+def test_the_controls_are_cells_like_others():
+    cells = experiment(
+        grid=[
+            {"methods": ["random", "wanda", "thanos"], "patterns": ["2:4", "3:4"]},
+            {"methods": ["wanda"], "patterns": ["2:4"], "variants": ["mlp-only"]},
+        ],
+        variants={"mlp-only": {"wanda": {"layers": "mlp"}}},
+    ).cells()
+    folders = [f"tiny/{method}/{level}" for method in ("random", "wanda", "thanos") for level in ("50-2of4", "25-3of4")]
+    assert [cell.path for cell in cells] == [*folders, "tiny/wanda/50-2of4/mlp-only"]
+    assert [cell.options["layers"] for cell in cells] == ["all"] * 6 + ["mlp"]
+    assert cells[0].calibration is None
+
+
 def test_the_summary_counts_and_names_what_cannot_run_yet():
-    grid = [{"methods": ["dense", "wanda", "maskllm", "thanos"]}]
+    grid = [{"methods": ["dense", "wanda", "maskllm", "proxsparse"]}]
     summary = experiment(grid=grid).expand().summary()
     assert summary.startswith("4 cells")
     marked = [line.split()[0] for line in summary.splitlines() if "listed, not yet runnable" in line]
-    assert marked == ["Thanos"]
+    assert marked == ["ProxSparse"]
     assert [cell.runs for cell in experiment(grid=grid).cells()] == [True, True, True, False]
 
 
@@ -422,10 +440,10 @@ def test_a_models_own_hyper_parameters_go_over_the_experiments_and_under_the_var
         "grid": [{"methods": ["sparsegpt"], "variants": ["default", "mild"]}],
     }
     assert {cell.path: cell.options for cell in experiment(**changes).cells()} == {
-        "a/sparsegpt/50-2of4": {"block_size": 64, "damping": 0.2},
-        "a/sparsegpt/50-2of4/mild": {"block_size": 64, "damping": 0.3},
-        "b/sparsegpt/50-2of4": {"block_size": 32, "damping": 0.1},
-        "b/sparsegpt/50-2of4/mild": {"block_size": 32, "damping": 0.3},
+        "a/sparsegpt/50-2of4": {"layers": "all", "block_size": 64, "damping": 0.2},
+        "a/sparsegpt/50-2of4/mild": {"layers": "all", "block_size": 64, "damping": 0.3},
+        "b/sparsegpt/50-2of4": {"layers": "all", "block_size": 32, "damping": 0.1},
+        "b/sparsegpt/50-2of4/mild": {"layers": "all", "block_size": 32, "damping": 0.3},
     }
 
 

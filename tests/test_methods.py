@@ -24,7 +24,7 @@ def test_the_name_type_lists_exactly_the_methods():
 
 
 def test_an_unknown_method_is_told_with_what_runs():
-    with pytest.raises(PatchError, match="method 'wand': unknown; choose one of dense, magnitude, wanda, sparsegpt"):
+    with pytest.raises(PatchError, match="method 'wand': unknown; choose one of dense, random, magnitude, wanda"):
         make_method("wand", {})
 
 

@@ -31,6 +31,10 @@ class Pruned:
     """bool, True = kept"""
     new_weight: Tensor | None = None
     """Updated weights in the layer's dtype; None where the method keeps the weights as they are."""
+    pattern: Pattern | None = None
+    """What the mask follows where it is not the pattern asked for, e.g. because a row stays dense."""
+    dense_tiles: Tensor | None = None
+    """bool [tile rows, tile columns], True = dense; with a pattern of tiles only."""
 
 
 class Pruner(Protocol):

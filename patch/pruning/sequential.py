@@ -21,12 +21,14 @@ from transformers import PreTrainedModel
 
 from patch.artefacts import PatchError
 from patch.data import TokenSet
-from patch.methods import Magnitude, Method, SparseGPT, Wanda
-from patch.models import decoder_blocks, prunable_linears, vocabulary_size
+from patch.methods import Magnitude, Method, OneShotMethod, Random, SparseGPT, Thanos, Wanda
+from patch.models import decoder_blocks, in_attention, prunable_linears, vocabulary_size
 from patch.progress import track
 from patch.pruning.base import Pruned, Pruner, Statistic
 from patch.pruning.magnitude import MagnitudePruner
+from patch.pruning.random import RandomPruner
 from patch.pruning.sparsegpt import SparseGPTPruner
+from patch.pruning.thanos import ThanosPruner
 from patch.pruning.wanda import WandaPruner
 from patch.sparsity.maskset import LinearMask, MaskSet, fingerprint
 from patch.sparsity.patterns import Pattern
@@ -43,19 +45,21 @@ def prune_model(
     sparsity: float,
     calibration: TokenSet | None = None,
     device: str = "cpu",
+    seed: int = 0,
 ) -> MaskSet:
-    """Prune all linears of the model's decoder blocks, in place, and return the masks.
+    """Prune the linears of the model's decoder blocks, in place, and return the masks of all of them.
 
     sparsity: share of weights to prune, 0 to 1; N:M patterns fix it and ignore this argument.
-    calibration: token ids [sequences, length]; needed by methods that look at inputs.
+    calibration: token ids [sequences, length]; needed by methods that look at inputs. seed: of random masks.
     Raises PatchError for layers whose inputs do not divide, for NaN or infinite weights and activations
     (the layer is named), and for missing or foreign calibration tokens. The model is then partly pruned.
     """
-    pruner = make_pruner(method)
+    pruner = make_pruner(method, seed)
     if pattern.kind not in method.patterns:
         raise PatchError(f"method {method.title}: cannot make the pattern {pattern}; it makes {method.patterns}.")
     linears = prunable_linears(model)
-    for name, linear in linears.items():
+    chosen = _chosen(linears, method)
+    for name, linear in chosen.items():
         pattern.check_shape(linear.out_features, linear.in_features, name)
     base = fingerprint(linears)
     prefix, blocks = decoder_blocks(model)
@@ -63,9 +67,9 @@ def prune_model(
         raise PatchError(f"method {method.title}: needs calibration tokens.")
     stream = _HiddenStates(model, calibration, device) if method.uses_calibration and calibration else None
 
-    masks: dict[str, LinearMask] = {}
+    masks = {name: LinearMask.dense((linear.out_features, linear.in_features)) for name, linear in linears.items()}
     for index, block in track(list(enumerate(blocks)), "block", log):
-        layers = {name: linear for name, linear in linears.items() if name.startswith(f"{prefix}.{index}.")}
+        layers = {name: linear for name, linear in chosen.items() if name.startswith(f"{prefix}.{index}.")}
         with _on_device(block, device):
             statistics = _accumulate(stream, index, block, layers, pruner, device) if stream else {}
             for name, linear in layers.items():
@@ -76,15 +80,33 @@ def prune_model(
     return MaskSet(masks, base)
 
 
-def make_pruner(method: Method) -> Pruner:
+def _chosen(linears: dict[str, nn.Linear], method: Method) -> dict[str, nn.Linear]:
+    """The linears that the method's option `layers` stands for."""
+    assert isinstance(method, OneShotMethod)
+    if method.layers == "all":
+        return linears
+    chosen = {name: linear for name, linear in linears.items() if not in_attention(name)}
+    if not 0 < len(chosen) < len(linears):
+        raise PatchError(
+            f"layers {method.layers}: the layers of this model do not divide into attention and MLP by their names "
+            f"({', '.join(list(linears)[:3])}, ...); use layers: all."
+        )
+    return chosen
+
+
+def make_pruner(method: Method, seed: int = 0) -> Pruner:
     """The implementation that belongs to a method's options."""
     match method:
+        case Random():
+            return RandomPruner(method, seed)
         case Magnitude():
             return MagnitudePruner(method)
         case Wanda():
             return WandaPruner(method)
         case SparseGPT():
             return SparseGPTPruner(method)
+        case Thanos():
+            return ThanosPruner(method)
     raise PatchError(f"method {method.title}: not a one-shot pruning method.")
 
 
@@ -95,7 +117,9 @@ def _prune_linear(
     if not weight.isfinite().all():
         raise PatchError(f"layer {name}: its weights hold NaN or Inf; the checkpoint is damaged, load it again.")
     pruned: Pruned = pruner.prune(weight, statistic, pattern, sparsity)
-    mask = LinearMask.from_keep_mask(pruned.keep_mask, pattern, new_weight=pruned.new_weight)
+    mask = LinearMask.from_keep_mask(
+        pruned.keep_mask, pruned.pattern or pattern, dense_tiles=pruned.dense_tiles, new_weight=pruned.new_weight
+    )
     mask.apply_(weight)
     if not weight.isfinite().all():
         raise PatchError(f"layer {name}: pruning made NaN or Inf weights; use more calibration or a larger damping.")

@@ -32,6 +32,7 @@ COLUMN = 3.3
 
 # method: (place in seaborn's colour-blind palette, marker, line style); PATCH has the solid lines
 _STYLES: dict[str, tuple[int, str, Any]] = {
+    "random": (6, "X", (0, (1, 3))),
     "magnitude": (1, "s", "--"),
     "wanda": (2, "D", "-."),
     "sparsegpt": (3, "v", ":"),

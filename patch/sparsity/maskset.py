@@ -2,7 +2,7 @@
 
 One safetensors file. Per linear layer `NAME` it holds
 
-    NAME.keep    uint8, one bit per weight (unstructured, N:M other than 2:4), or
+    NAME.keep    uint8, one bit per weight (unstructured, N:M other than 2:4; none where dense), or
     NAME.codes   uint8, one 3-bit pattern code per group of 4 (2:4, tiles; 0 under dense tiles)
     NAME.tiles   uint8, one bit per tile, 1 = dense (tiles only)
     NAME.values  the kept weights in row-major order, only where the method changed them
@@ -46,11 +46,17 @@ class LinearMask:
     pattern: Pattern
     shape: tuple[int, int]
     packed: Tensor
-    """uint8: 3-bit codes where groups are 2:4, else one bit per weight (see `packing`)."""
+    """uint8: 3-bit codes where groups are 2:4, nothing where the layer is dense, else one bit per weight (see
+    `packing`)."""
     packed_tiles: Tensor | None = None
     """uint8 bitmap of the tile grid, 1 = dense; None unless the pattern is tiles."""
     values: Tensor | None = None
     """[kept] new values of the kept weights in row-major order; None where the weights stay as they are."""
+
+    @classmethod
+    def dense(cls, shape: tuple[int, int]) -> LinearMask:
+        """The mask of a layer that the method leaves alone."""
+        return cls(Pattern("dense"), shape, torch.empty(0, dtype=torch.uint8))
 
     @classmethod
     def from_keep_mask(
@@ -91,6 +97,8 @@ class LinearMask:
 
     def keep_mask(self) -> Tensor:
         """bool [out, in], True = kept."""
+        if self.pattern.kind == "dense":
+            return torch.ones(self.shape, dtype=torch.bool, device=self.packed.device)
         if not _uses_codes(self.pattern):
             return unpack_bits(self.packed, self.shape)
         keep = patterns_of(unpack_codes(self.packed, self.shape[0] * self.shape[1] // 4), self.shape)
@@ -135,6 +143,8 @@ class LinearMask:
             raise ValueError(f"{in_features} inputs do not split into {self.pattern.m}s")
         size = out_features * in_features
         expected = 3 * -(-size // 32) if _uses_codes(self.pattern) else -(-size // 8)
+        if self.pattern.kind == "dense":
+            expected = 0
         if self.packed.numel() != expected:
             raise ValueError(f"{self.packed.numel()} packed bytes, expected {expected} for {self.shape}")
         if self.pattern.kind == "tiles":

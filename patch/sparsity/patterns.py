@@ -6,6 +6,7 @@ SparseGPT repositories count the pruned ones, which is the same only for 2:4 and
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from patch.artefacts import PatchError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -90,16 +92,15 @@ class Pattern:
             )
 
 
-def keep_n_of_m(scores: Tensor, n: int, m: int, dim: int = 1) -> Tensor:
-    """Keep the `n` largest scores in every `m` consecutive entries along `dim`.
+def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
+    """Keep the `n` largest scores in every `m` consecutive entries of a row.
 
-    scores: [rows, columns], the size of `dim` divisible by m. Returns a bool mask of the same shape with
-    exactly n per group. Between equal scores the later entry is kept, so the result is the same on any
-    device.
+    scores: [rows, columns], columns divisible by m. Returns a bool mask of the same shape with exactly n per
+    group. Between equal scores the later entry is kept, so the result is the same on any device.
     """
     import torch
 
-    entries = scores.unflatten(dim, (-1, m)).unbind(dim + 1)
+    entries = scores.unflatten(1, (-1, m)).unbind(2)
     # rank of each entry in its group, by m(m-1)/2 comparisons: much faster than sorting groups of 4
     dtype = torch.uint8 if m <= 256 else torch.int32
     ranks = [torch.zeros_like(entry, dtype=dtype) for entry in entries]
@@ -108,7 +109,34 @@ def keep_n_of_m(scores: Tensor, n: int, m: int, dim: int = 1) -> Tensor:
             later_wins = entries[later] >= entries[earlier]
             ranks[later] += later_wins
             ranks[earlier] += ~later_wins
-    return (torch.stack(ranks, dim + 1) >= m - n).flatten(dim, dim + 1)
+    return (torch.stack(ranks, 2) >= m - n).flatten(1)
+
+
+def keep_n_of_column(scores: Tensor, n: int) -> Tensor:
+    """Keep the `n` largest scores [m, columns] of every column; ties as in `keep_n_of_m`.
+
+    For one group per column, again and again: six kernels instead of its thirty, at the price of some memory.
+    """
+    earlier, later, balance, bar = _tournament(len(scores), n, scores.device)
+    later_wins = scores[later] >= scores[earlier]
+    return balance @ later_wins.to(balance.dtype) >= bar
+
+
+@functools.cache
+def _tournament(m: int, n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The earlier and the later member of all pairs of m entries, and how an entry is among the n best of them.
+
+    Its rank is the number of pairs that it wins: as the later one, and as the earlier one all that the later does not
+    win. With `balance`, float32 [m, pairs], 1 at the later and -1 at the earlier member, the rank reaches m - n where
+    balance @ later_wins reaches `bar` [m, 1].
+    """
+    import torch
+
+    earlier, later = torch.triu_indices(m, m, 1)
+    entry = torch.arange(m).unsqueeze(1)
+    balance = (entry == later).float() - (entry == earlier).float()
+    bar = m - n - (entry == earlier).sum(1, keepdim=True)
+    return earlier.to(device), later.to(device), balance.to(device), bar.to(device)
 
 
 def keep_largest(scores: Tensor, sparsity: float) -> Tensor:
@@ -117,15 +145,21 @@ def keep_largest(scores: Tensor, sparsity: float) -> Tensor:
     scores: [rows, columns]. Returns a bool mask of the same shape. Exact also where scores are equal:
     between equal scores the later column is kept.
     """
+    return drop_lowest(scores, pruned_count(scores.shape[1], sparsity))
+
+
+def drop_lowest(scores: Tensor, count: int) -> Tensor:
+    """Drop the `count` lowest scores of every row, ties as in `keep_largest`; returns a bool mask, True = kept."""
     import torch
 
-    columns = scores.shape[1]
-    drop = pruned_count(columns, sparsity)
-    if drop == 0:
+    if count == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(drop, dim=1, keepdim=True).values
+    if scores.is_cuda and len(scores) == 1:  # kthvalue leaves a row to a single multiprocessor
+        threshold = scores.sort(dim=1).values[:, count - 1 : count]
+    else:
+        threshold = scores.kthvalue(count, dim=1, keepdim=True).values
     below, equal = scores < threshold, scores == threshold
-    still_to_drop = drop - below.sum(dim=1, keepdim=True)
+    still_to_drop = count - below.sum(dim=1, keepdim=True)
     return ~(below | (equal & (equal.cumsum(dim=1) <= still_to_drop)))
 
 

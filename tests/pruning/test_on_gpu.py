@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
-@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt", "thanos"])
 def test_masks_agree_with_the_cpu(name: str, pattern: str, tiny_model, tokens) -> None:
     masks = {}
     for device in ("cpu", "cuda"):

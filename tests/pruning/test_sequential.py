@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from patch.artefacts import PatchError
-from patch.methods import Dense, Magnitude, SparseGPT, Wanda
+from patch.methods import Dense, Magnitude, SparseGPT, Thanos, Wanda
 from patch.models import prunable_linears
 from patch.pruning import prune_model, sequential
 from patch.sparsity.maskset import MaskSet
@@ -18,7 +18,13 @@ from patch.sparsity.patterns import Pattern
 
 TWO_FOUR = Pattern("n:m", 2, 4)
 UNSTRUCTURED = Pattern("unstructured")
-METHODS = {"magnitude": Magnitude(), "wanda": Wanda(), "sparsegpt": SparseGPT(block_size=32)}
+METHODS = {
+    "magnitude": Magnitude(),
+    "wanda": Wanda(),
+    "sparsegpt": SparseGPT(block_size=32),
+    "thanos": Thanos(block_size=32),
+}
+UPDATES_WEIGHTS = ("sparsegpt", "thanos")
 
 
 def linears_by_block(model: nn.Module) -> list[dict[str, nn.Linear]]:
@@ -65,7 +71,7 @@ def test_every_linear_of_the_blocks_is_pruned_and_nothing_else(architecture, met
         keep = masks.linears[name].keep_mask()
         assert (keep.reshape(-1, 4).sum(1) == 2).all()
         assert torch.equal(weight != 0, keep)
-        if method != "sparsegpt":
+        if method not in UPDATES_WEIGHTS:
             assert torch.equal(weight, before * keep)
     before = dict(original.named_parameters())
     for name, parameter in model.named_parameters():
@@ -114,7 +120,7 @@ def test_the_second_block_would_be_scored_otherwise_on_the_dense_model(tiny_mode
     assert any(not torch.equal(masks.linears[name].keep_mask(), keep) for name, keep in on_dense.items())
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "thanos"])
 @pytest.mark.parametrize("architecture_with_batches", ["llama", "gemma3", "opt"])
 def test_the_batch_size_of_calibration_does_not_matter(
     architecture_with_batches, method, tiny_model, tokens, monkeypatch
@@ -143,7 +149,9 @@ def test_the_same_call_twice_gives_the_same_file(tiny_model, tokens, tmp_path):
     assert len(checksums) == 1
 
 
-@pytest.mark.parametrize(("method", "per"), [("magnitude", "layer"), ("wanda", "row"), ("sparsegpt", "block")])
+@pytest.mark.parametrize(
+    ("method", "per"), [("magnitude", "layer"), ("wanda", "row"), ("sparsegpt", "block"), ("thanos", "layer")]
+)
 def test_unstructured_pruning_meets_the_target_in_every_layer(method, per, tiny_model, tokens):
     masks = prune_model(tiny_model("llama"), METHODS[method], UNSTRUCTURED, 0.45, tokens())
     for name, mask in masks.linears.items():
@@ -197,6 +205,56 @@ def test_progress_is_logged_with_the_blocks(tiny_model, tokens, monkeypatch, cap
     assert any("block 1/2" in message and "left" in message for message in caplog.messages)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_3_4_prunes_a_quarter_of_every_group(method, tiny_model, tokens, tmp_path):
+    model = tiny_model("llama")
+    prune_model(model, METHODS[method], Pattern.parse("3:4"), 0.5, tokens()).save(tmp_path / "masks")
+    masks = MaskSet.load(tmp_path / "masks")
+    assert masks.sparsity == 0.25
+    for name, linear in prunable_linears(model).items():
+        keep = masks.linears[name].keep_mask()
+        assert (keep.reshape(-1, 4).sum(1) == 3).all()
+        assert torch.equal(linear.weight != 0, keep)
+
+
+# pruning MLPs only
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_attention_stays_dense_and_the_mask_says_so(architecture, method, tiny_model, tokens, tmp_path):
+    model, original = tiny_model(architecture), tiny_model(architecture)
+    options = METHODS[method].model_copy(update={"layers": "mlp"})
+    prune_model(model, options, TWO_FOUR, 0.5, tokens()).save(tmp_path / "masks")
+    masks, linears, pruned, total = MaskSet.load(tmp_path / "masks"), prunable_linears(model), 0, 0
+    assert list(masks.linears) == list(linears)
+    for name, linear in linears.items():
+        attention = any(projection in name for projection in ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj"))
+        assert str(masks.linears[name].pattern) == ("dense" if attention else "2:4")
+        if attention:
+            assert torch.equal(linear.weight, original.get_submodule(name).weight)
+        pruned, total = pruned + (linear.weight == 0).sum().item(), total + linear.weight.numel()
+    assert 0.1 < pruned / total < 0.45
+    assert masks.sparsity == pytest.approx(pruned / total)
+    masks.apply_(prunable_linears(original))
+    for ours, theirs in zip(model.parameters(), original.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_mlps_may_divide_where_attention_does_not(tiny_model, tokens):
+    masks = prune_model(
+        tiny_model("qwen3", head_dim=6, num_attention_heads=3, num_key_value_heads=1),
+        Wanda(layers="mlp"), TWO_FOUR, 0.5, tokens(),
+    )  # fmt: skip
+    assert masks.linears["model.layers.0.self_attn.o_proj"].shape == (64, 18)
+
+
+def test_layers_without_attention_in_their_names_are_all_or_nothing():
+    linears = {"blocks.0.mix": nn.Linear(4, 4), "blocks.0.up": nn.Linear(4, 4)}
+    assert sequential._chosen(linears, Wanda()) == linears
+    with pytest.raises(PatchError, match=r"do not divide into attention and MLP by their names \(blocks\.0\.mix"):
+        sequential._chosen(linears, Wanda(layers="mlp"))
+
+
 # what cannot be pruned
 
 
@@ -220,7 +278,7 @@ def test_damaged_weights_name_the_layer(method, bad, tiny_model, tokens):
         prune_model(model, METHODS[method], TWO_FOUR, 0.5, tokens())
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "thanos"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_damaged_activations_name_the_first_layer_that_sees_them(method, bad, tiny_model, tokens):
     model, calibration = tiny_model("llama"), tokens()
@@ -242,7 +300,7 @@ def test_tokens_of_another_vocabulary_are_refused(tiny_model, tokens):
         prune_model(tiny_model("llama"), Wanda(), TWO_FOUR, 0.5, tokens(vocabulary=1000))
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "thanos"])
 def test_missing_calibration_is_told(method, tiny_model):
     with pytest.raises(PatchError, match=f"method {METHODS[method].title}: needs calibration tokens"):
         prune_model(tiny_model("llama"), METHODS[method], TWO_FOUR, 0.5)

@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
+from calibration_cases import (
+    CPU,
+    ROWS,
+    TWO_FOUR,
+    UNSTRUCTURED,
+    WIDTH,
+    correlated,
+    generator,
+    output_error,
+    pruned_by,
+    weights,
+)
 
 from patch.artefacts import PatchError
 from patch.methods import Magnitude, SparseGPT, Wanda
+from patch.pruning.hessian import Hessian
 from patch.pruning.magnitude import MagnitudePruner
-from patch.pruning.sparsegpt import Hessian, SparseGPTPruner
+from patch.pruning.sparsegpt import SparseGPTPruner
 from patch.pruning.wanda import WandaPruner
 from patch.sparsity.patterns import Pattern
-
-CPU = torch.device("cpu")
-TWO_FOUR = Pattern("n:m", 2, 4)
-UNSTRUCTURED = Pattern("unstructured")
-ROWS, WIDTH = 12, 32
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def weights(rows: int = ROWS, width: int = WIDTH, seed: int = 0) -> torch.Tensor:
-    return torch.randn(rows, width, generator=generator(seed))
-
-
-def correlated(sequences: int = 4, length: int = 40, width: int = WIDTH, seed: int = 1) -> torch.Tensor:
-    """Inputs whose features are mixtures of common causes."""
-    causes = torch.randn(sequences, length, width, generator=generator(seed))
-    return causes @ torch.randn(width, width, generator=generator(seed + 1)) / width**0.5
 
 
 def naive_hessian(sequences: torch.Tensor, damping: float) -> torch.Tensor:
@@ -74,16 +68,8 @@ def naive_sparsegpt(
 def run(
     weight: torch.Tensor, sequences: torch.Tensor, pattern: Pattern, sparsity: float = 0.5, **options: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    pruner = SparseGPTPruner(SparseGPT(**options))
-    statistic = pruner.new_statistic(weight.shape[1], CPU)
-    for sequence in sequences:
-        statistic.add(sequence[None])
-    pruned = pruner.prune(weight, statistic, pattern, sparsity)
+    pruned = pruned_by(SparseGPTPruner(SparseGPT(**options)), weight, sequences, pattern, sparsity)
     return pruned.new_weight, pruned.keep_mask
-
-
-def output_error(weight: torch.Tensor, new: torch.Tensor, sequences: torch.Tensor) -> float:
-    return ((sequences.double() @ (weight - new).double().T) ** 2).sum().item()
 
 
 @pytest.mark.parametrize("block_size", [8, 12, WIDTH, 128])

@@ -100,6 +100,24 @@ def test_unstructured_masks_survive_packing():
     assert torch.equal(LinearMask.from_keep_mask(keep, UNSTRUCTURED).keep_mask(), keep)
 
 
+def test_dense_layers_cost_nothing(tmp_path):
+    dense = LinearMask.dense((5, 7))
+    sparse = LinearMask.from_keep_mask(two_four(5, 8), TWO_FOUR)
+    MaskSet({"attention": dense, "mlp": sparse}).save(tmp_path / "mask")
+    loaded = MaskSet.load(tmp_path / "mask")
+    mask = loaded.linears["attention"]
+    assert mask.packed.numel() == 0
+    assert mask.keep_mask().shape == (5, 7)
+    assert mask.sparsity == 0
+    assert loaded.sparsity == pytest.approx(20 / 75)
+    weight = torch.randn(5, 7, generator=generator())
+    before = weight.clone()
+    mask.apply_(weight)
+    assert torch.equal(weight, before)
+    with pytest.raises(ValueError, match="expected 0"):
+        dataclasses.replace(mask, packed=torch.zeros(3, dtype=torch.uint8)).verify()
+
+
 @pytest.mark.parametrize("group", ["1110", "1000", "0000", "1111"])
 def test_a_group_that_is_not_2_4_is_refused(group):
     keep = two_four(4, 8)

@@ -1,0 +1,85 @@
+"""The Hessian of a layer's output error, which SparseGPT and Thanos accumulate, and the inverse that both work with.
+
+Damping, dead inputs and scale are those of SGPT `sparsegpt.py` and THAN `lib/thanos.py`, which agree.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from patch.artefacts import PatchError
+
+DAMPING_RETRIES = 4
+STRIP = 1024
+log = logging.getLogger(__name__)
+
+
+class Hessian:
+    """H = 2/n * sum of x x^T over the tokens of n sequences, float32 [in_features, in_features].
+
+    Symmetric: only what lies right of the diagonal, in strips of STRIP rows, is computed and read.
+    """
+
+    def __init__(self, in_features: int, device: torch.device):
+        self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.sequences = 0
+        self._factor: Tensor | None = None
+        self._damping = 0.0
+
+    def add(self, inputs: Tensor) -> None:
+        tokens = inputs.reshape(-1, inputs.shape[-1]).float()
+        for start in range(0, len(self.sum), STRIP):
+            strip = slice(start, start + STRIP)
+            self.sum[strip, start:].addmm_(tokens[:, strip].T, tokens[:, start:])
+        self.sequences += inputs.shape[0] if inputs.dim() > 2 else 1
+
+    def is_finite(self) -> bool:
+        return bool(self.sum.diagonal().isfinite().all())
+
+    def dead_inputs(self) -> Tensor:
+        """bool [in_features]: inputs that were 0 in every token."""
+        return self.sum.diagonal() == 0
+
+    def input_norms(self) -> Tensor:
+        """Mean over sequences of the squared L2 norm of every input, float32 [in_features]: Wanda's statistic."""
+        return self.sum.diagonal() / self.sequences
+
+    def inverse_factor(self, damping: float) -> Tensor:
+        """Upper Cholesky factor U of the inverse, inv(H) = U^T U, damped by a share of the mean diagonal.
+
+        Without its first i rows and columns it is the factor of the inverse of H without them.
+        Kept for the next call, since layers that share their inputs share this object. When the Cholesky
+        decomposition fails, the damping grows tenfold and a warning says so.
+        """
+        if self._factor is None or self._damping != damping:
+            self._factor, self._damping = None, damping
+            self._factor = self._invert(damping)
+        return self._factor
+
+    def _invert(self, damping: float) -> Tensor:
+        size = len(self.sum)
+        for _ in range(DAMPING_RETRIES):
+            # With the order of inputs reversed, one Cholesky gives H = R R^T with R upper triangular, and
+            # U = inv(R) is the factor: half the work of inverting H and factoring the inverse.
+            reversed_lower, failed = torch.linalg.cholesky_ex(self._damped(damping).flip(0, 1))
+            if not failed:
+                factor = torch.eye(size, device=self.sum.device)
+                torch.linalg.solve_triangular(reversed_lower, factor, upper=False, out=factor)
+                del reversed_lower
+                return factor.flip(0, 1)
+            log.warning("Hessian of %d inputs: not positive definite at damping %g", size, damping)
+            damping *= 10
+        raise PatchError(
+            f"Hessian of {size} inputs: not invertible even at damping {damping / 10:g}; "
+            "use more calibration tokens or a larger damping."
+        )
+
+    def _damped(self, damping: float) -> Tensor:
+        hessian = self.sum * (2 / self.sequences)
+        diagonal = hessian.diagonal()
+        diagonal[self.dead_inputs()] = 1
+        diagonal += damping * diagonal.mean()
+        return hessian

@@ -1,0 +1,56 @@
+"""The Hessian that SparseGPT and Thanos share; how it is damped and inverted is tested with SparseGPT."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from patch.pruning import hessian
+from patch.pruning.hessian import Hessian
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def sequences() -> torch.Tensor:
+    return torch.randn(3, 20, 24, generator=torch.Generator().manual_seed(0))
+
+
+def statistic_of(sequences: torch.Tensor) -> Hessian:
+    statistic = Hessian(sequences.shape[-1], CPU)
+    for part in sequences.split([1, 2]):
+        statistic.add(part)
+    return statistic
+
+
+@pytest.mark.parametrize("strip", [8, 10, 24, 100])
+def test_strips_leave_out_only_what_symmetry_gives(strip, sequences, monkeypatch):
+    monkeypatch.setattr(hessian, "STRIP", strip)
+    statistic, tokens = statistic_of(sequences), sequences.flatten(0, 1)
+    torch.testing.assert_close(statistic.sum.triu(), (tokens.T @ tokens).triu())
+    factor = statistic.inverse_factor(0.01)
+    damped = tokens.T @ tokens * 2 / 3
+    damped += 0.01 * damped.diagonal().mean() * torch.eye(24)
+    torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(24), rtol=0, atol=1e-4)
+
+
+def test_the_factor_is_kept_for_its_damping(sequences):
+    statistic = statistic_of(sequences)
+    first = statistic.inverse_factor(0.01)
+    assert statistic.inverse_factor(0.01) is first
+    assert not torch.equal(statistic.inverse_factor(0.1), first)
+    assert torch.equal(statistic.inverse_factor(0.01), first)
+
+
+def test_part_of_the_factor_belongs_to_the_hessian_of_the_later_inputs(sequences):
+    statistic = statistic_of(sequences)
+    tokens = sequences.flatten(0, 1).double()
+    damped = tokens.T @ tokens * 2 / 3
+    damped += 0.01 * damped.diagonal().mean() * torch.eye(24)
+    rest = statistic.inverse_factor(0.01)[10:, 10:].double()
+    torch.testing.assert_close(rest.T @ rest, torch.linalg.inv(damped[10:, 10:]), rtol=1e-4, atol=1e-5)
+
+
+def test_its_diagonal_holds_the_norms_that_wanda_uses(sequences):
+    expected = sequences.square().sum(1).mean(0)
+    torch.testing.assert_close(statistic_of(sequences).input_norms(), expected)
