@@ -6,7 +6,9 @@ standard errors. Nothing is cached by the harness itself: its cache does not kno
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +90,7 @@ def zero_shot(
     """Score one task or group; the model computes on its own device, in its own precision."""
     from lm_eval import simple_evaluate
 
-    with hub_access(f"questions of task {task}"):
+    with hub_access(f"questions of task {task}"), _without_inventory():
         output = simple_evaluate(
             model=harness_model(model, tokenizer, batch_size),
             tasks=[task],
@@ -128,6 +130,20 @@ def zero_shot(
         if name in sample
     ]
     return Result(metrics, protocol, items)
+
+
+@contextlib.contextmanager
+def _without_inventory() -> Iterator[None]:
+    """The harness lists the machine's packages after every task, which takes seconds; our records name what matters."""
+    from lm_eval import evaluator
+
+    replaced = {"add_env_info": lambda storage: None, "get_git_commit_hash": lambda: None}
+    before = {name: getattr(evaluator, name) for name in replaced}
+    vars(evaluator).update(replaced)
+    try:
+        yield
+    finally:
+        vars(evaluator).update(before)
 
 
 def _stderr(reported: Any, share: float, answered: int) -> float | None:

@@ -76,6 +76,12 @@ def test_limit_asks_only_the_first_questions(questions, tiny_model, tokenizer) -
     assert all(metric.samples == 2 for metric in result.metrics)
 
 
+def test_scoring_takes_no_inventory_of_the_machine(questions, tiny_model, tokenizer, monkeypatch) -> None:
+    """The harness would, after every task, for seconds."""
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: pytest.fail("called"))
+    assert zero_shot(tiny_model(), tokenizer, TaskLibrary(["tiny"], "embedded"), "tiny", 1, batch_size=8).metrics
+
+
 def test_unknown_task_is_named_with_the_known_ones(questions) -> None:
     with pytest.raises(PatchError, match=r"task 'helloswag': not among the embedded tasks; there are hellaswag"):
         TaskLibrary(["helloswag"], "embedded")
