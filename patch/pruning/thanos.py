@@ -27,7 +27,7 @@ from patch.pruning.hessian import DAMPING_RETRIES, Hessian
 from patch.pruning.wanda import score
 from patch.sparsity.patterns import Pattern, drop_lowest, keep_n_of_m, pruned_count
 
-SYSTEM_BYTES = {"cpu": 2**26, "cuda": 2**29}
+SYSTEM_BYTES = {"cpu": 2**26, "cuda": 2**27}
 """Size of the systems that are solved together; results do not depend on it."""
 log = logging.getLogger(__name__)
 
