@@ -140,7 +140,9 @@ def joint_multipliers(inverse: Tensor, block: Tensor, pruned: Tensor) -> Tensor 
         if failed.any():
             return None
         values = block[rows].gather(1, columns) * real
-        solution = torch.cholesky_solve(values.unsqueeze(2), lower).squeeze(2)
+        # what cholesky_solve does, without its copy of all systems
+        half = torch.linalg.solve_triangular(lower, values.unsqueeze(2), upper=False)
+        solution = torch.linalg.solve_triangular(lower.mT, half, upper=True).squeeze(2)
         multipliers[rows] = torch.zeros_like(block[rows]).scatter_(1, columns, solution)
     return multipliers
 
