@@ -13,14 +13,15 @@ from torch import Tensor
 from patch.artefacts import PatchError
 
 DAMPING_RETRIES = 4
-STRIP = 1024
+STRIP, TOKENS = 1024, 4096
 log = logging.getLogger(__name__)
 
 
 class Hessian:
     """H = 2/n * sum of x x^T over the tokens of n sequences, float32 [in_features, in_features].
 
-    Symmetric: only what lies right of the diagonal, in strips of STRIP rows, is computed and read.
+    Symmetric: only what lies right of the diagonal, in strips of STRIP rows, is computed and read. TOKENS are in
+    float32 at a time.
     """
 
     def __init__(self, in_features: int, device: torch.device):
@@ -30,10 +31,11 @@ class Hessian:
         self._damping = 0.0
 
     def add(self, inputs: Tensor) -> None:
-        tokens = inputs.reshape(-1, inputs.shape[-1]).float()
-        for start in range(0, len(self.sum), STRIP):
-            strip = slice(start, start + STRIP)
-            self.sum[strip, start:].addmm_(tokens[:, strip].T, tokens[:, start:])
+        for part in inputs.reshape(-1, inputs.shape[-1]).split(TOKENS):
+            tokens = part.float()
+            for start in range(0, len(self.sum), STRIP):
+                strip = slice(start, start + STRIP)
+                self.sum[strip, start:].addmm_(tokens[:, strip].T, tokens[:, start:])
         self.sequences += inputs.shape[0] if inputs.dim() > 2 else 1
 
     def is_finite(self) -> bool:

@@ -27,7 +27,7 @@ from patch.pruning.hessian import DAMPING_RETRIES, Hessian
 from patch.pruning.wanda import score
 from patch.sparsity.patterns import Pattern, drop_lowest, keep_n_of_m, pruned_count
 
-SYSTEM_BYTES = {"cpu": 2**26, "cuda": 2**29}
+SYSTEM_BYTES = {"cpu": 2**26, "cuda": 2**27}
 """Size of the systems that are solved together; results do not depend on it."""
 log = logging.getLogger(__name__)
 
@@ -52,12 +52,13 @@ class ThanosPruner:
         return (HessianAndLast if self.options.dense_row else Hessian)(in_features, device)
 
     def prune(self, weight: Tensor, statistic: Statistic | None, pattern: Pattern, sparsity: float) -> Pruned:
-        """Raises PatchError where the systems stay singular at ten thousandfold damping."""
+        """Raises PatchError where the systems stay singular at thousandfold damping."""
         assert isinstance(statistic, Hessian)
         original = weight.float().masked_fill(statistic.dead_inputs(), 0)
         rows = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
-        if self.options.dense_row and pattern.kind == "n:m":
-            assert isinstance(statistic, HessianAndLast)
+        if isinstance(statistic, HessianAndLast) and pattern.kind == "n:m":
+            if str(pattern) != "2:4":
+                raise PatchError(f"Thanos: dense_row goes with the pattern 2:4, not with {pattern}.")
             rows[(original.square() @ statistic.last_squares).argmax()] = False
         damping = self.options.damping
         for _ in range(DAMPING_RETRIES):
@@ -66,7 +67,7 @@ class ThanosPruner:
             if keep is not None:
                 new_weight, keep_mask = original.clone(), torch.ones_like(original, dtype=torch.bool)
                 new_weight[rows], keep_mask[rows] = pruned_rows, keep
-                return _pruned(keep_mask, new_weight.to(weight.dtype), rows, pattern)
+                return _pruned(keep_mask, new_weight.to(weight.dtype), rows)
             log.warning("Thanos, %d inputs: its systems are singular at damping %g", weight.shape[1], damping)
             damping *= 10
         raise PatchError(
@@ -75,12 +76,10 @@ class ThanosPruner:
         )
 
 
-def _pruned(keep_mask: Tensor, new_weight: Tensor, rows: Tensor, pattern: Pattern) -> Pruned:
-    """A row that stays dense makes a tile pattern of 2:4: every row is a tile."""
+def _pruned(keep_mask: Tensor, new_weight: Tensor, rows: Tensor) -> Pruned:
+    """With a row that stays dense, 2:4 becomes a pattern of tiles: every row is one. rows: bool [out], the others."""
     if rows.all():
         return Pruned(keep_mask, new_weight)
-    if str(pattern) != "2:4":
-        raise PatchError(f"Thanos: dense_row goes with the pattern 2:4, not with {pattern}.")
     tiles = Pattern("tiles", 2, 4, (1, keep_mask.shape[1]))
     return Pruned(keep_mask, new_weight, pattern=tiles, dense_tiles=~rows.unsqueeze(1))
 
@@ -140,7 +139,9 @@ def joint_multipliers(inverse: Tensor, block: Tensor, pruned: Tensor) -> Tensor 
         if failed.any():
             return None
         values = block[rows].gather(1, columns) * real
-        solution = torch.cholesky_solve(values.unsqueeze(2), lower).squeeze(2)
+        # what cholesky_solve does, without its copy of all systems
+        half = torch.linalg.solve_triangular(lower, values.unsqueeze(2), upper=False)
+        solution = torch.linalg.solve_triangular(lower.mT, half, upper=True).squeeze(2)
         multipliers[rows] = torch.zeros_like(block[rows]).scatter_(1, columns, solution)
     return multipliers
 

@@ -18,8 +18,9 @@ class InputNorm:
         self.sequences = 0
 
     def add(self, inputs: Tensor) -> None:
-        tokens = inputs.reshape(-1, inputs.shape[-1]).float()
-        self.sum_of_squares += tokens.square().sum(dim=0)
+        # of every sequence in one pass, without a copy in float32
+        norms = torch.linalg.vector_norm(inputs, dim=-2, dtype=torch.float32)
+        self.sum_of_squares += norms.square().reshape(-1, inputs.shape[-1]).sum(dim=0)
         self.sequences += inputs.shape[0] if inputs.dim() > 2 else 1
 
     def mean(self) -> Tensor:
