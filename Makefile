@@ -45,7 +45,7 @@ dry-run: $(VENV)/.installed
 	@snakemake --dry-run --configfile $(CONFIG)
 
 test: $(VENV)/.installed-test
-	pytest -n auto --dist loadgroup
+	pytest -n auto
 
 lint: $(VENV)/.installed-test
 	ruff check .

@@ -12,7 +12,7 @@ import pytest
 from grids import Grid, finish, slurm, wait_until
 
 CLUSTER = Path(os.environ.get("SLURM_CONF", "/")).parent.parent
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slurm
 
 
 def test_cancelled_job_fails_with_its_name_state_and_log_and_runs_again(grid: Grid) -> None:

@@ -23,7 +23,7 @@ from patch.cluster.status import LEDGER, StageStatus, grid_status
 from patch.collect import read_runs
 from patch.experiments import load_experiment
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slurm
 LEARN = "results/tiny/tiny/maskllm/50-2of4/learn"
 QUICK = ("--seconds-between-status-checks", "1", "--latency-wait", "5")
 STEPS = 300
