@@ -174,6 +174,14 @@ class Learned(Method):
             raise ValueError("logits_dtype and gradient_dtype differ; that needs optimizer adamw_fused or adamw_8bit")
         return self
 
+    @property
+    def logit_bytes(self) -> tuple[int, int, int]:
+        """Of a logit, of its gradient, and of both moments of its optimiser."""
+        logit = 4 if self.logits_dtype == "float32" else 2
+        gradient = 4 if self.gradient_dtype == "float32" else 2
+        moments = {"adamw_torch": 2 * logit, "adamw_fused": 8, "adamw_8bit": 2, "adamw_apex": 8}
+        return logit, gradient, moments[self.optimizer]
+
 
 class LearnedPatterns(Learned):
     """2:4 logits, six per group of 4 weights (MaskLLM's parametrisation)."""

@@ -33,8 +33,6 @@ LIBRARIES_GIB = 4.0
 CPUS_PER_GPU = 4
 MARGIN = 3.0
 """Times the estimated time."""
-_STATE_BYTES = {"adamw_torch": None, "adamw_fused": 8, "adamw_8bit": 2, "adamw_apex": 8}
-"""Of both moments together, per logit; None: twice the logit's own."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def stage(
 
 def learning_gib(parameters: float, weights: float, method: Learned, length: int) -> float:
     """Device memory of learning on one device. weights: GiB of the model."""
-    logit, gradient, state = _logit_bytes(method)
+    logit, gradient, state = method.logit_bytes
     logits = 1.5 * parameters if isinstance(method, LearnedPatterns) else 0.0
     width = _width(parameters)
     blocks = max(1.0, parameters / (12 * width**2))
@@ -122,7 +120,7 @@ def learning_gpus(parameters: float, weights: float, method: Learned, length: in
     A batch divides over powers of two.
     """
     whole = learning_gib(parameters, weights, method, length)
-    logit, gradient, state = _logit_bytes(method)
+    logit, gradient, state = method.logit_bytes
     logits = 1.5 * parameters if isinstance(method, LearnedPatterns) else 0.0
     split = weights + logits * (logit + gradient + state) / 2**30
     room = 0.9 * gpu.memory_gib
@@ -132,15 +130,8 @@ def learning_gpus(parameters: float, weights: float, method: Learned, length: in
     return min(count, gpu.per_node), math.ceil(count / gpu.per_node)
 
 
-def _logit_bytes(method: Learned) -> tuple[int, int, int]:
-    """Of a logit, its gradient and its optimiser state."""
-    logit = 4 if method.logits_dtype == "float32" else 2
-    gradient = 4 if method.gradient_dtype == "float32" else 2
-    return logit, gradient, _STATE_BYTES[method.optimizer] or 2 * logit
-
-
 def _saved_gib(parameters: float, method: Learned) -> float:
-    logit, _, state = _logit_bytes(method)
+    logit, _, state = method.logit_bytes
     return 1.5 * parameters * (logit + state) / 2**30 if isinstance(method, LearnedPatterns) else 0.0
 
 

@@ -12,9 +12,6 @@ from patch.models import prunable_linears
 from patch.sparsity.patterns import Pattern
 from patch.sparsity.tiles import grid_shape
 
-_STATE_BYTES = {"adamw_torch": None, "adamw_fused": 8, "adamw_8bit": 2, "adamw_apex": 8}
-"""Of both moments together, per logit; None: twice the logit's own."""
-
 
 def memory_estimate(
     model: PreTrainedModel, method: Learned, pattern: Pattern, length: int, processes: int = 1
@@ -29,9 +26,7 @@ def memory_estimate(
     grids = [grid_shape(shape, pattern.for_layer(*shape).tile) for shape in shapes] if pattern.kind == "tiles" else []
     tiles = sum(map(math.prod, grids))
     element = model.dtype.itemsize
-    logit = 4 if method.logits_dtype == "float32" else 2
-    gradient = 4 if method.gradient_dtype == "float32" else 2
-    state = _STATE_BYTES[method.optimizer] or 2 * logit
+    logit, gradient, state = method.logit_bytes
     config = model.config.get_text_config()
     blocks = config.num_hidden_layers
     tokens = method.micro_batch_size * length
