@@ -1,0 +1,173 @@
+"""Time things beside their peers, on this machine."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from patch.artefacts import write_text
+from patch.cli.options import (
+    Device,
+    Dtype,
+    LearnedMethod,
+    Length,
+    MethodOptions,
+    Model,
+    Official,
+    RowsFile,
+    Shard,
+    Threads,
+    device_name,
+    learned_method,
+    tokens_from,
+    use_threads,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+log = logging.getLogger("patch")
+app = typer.Typer(help=__doc__, no_args_is_help=True)
+
+
+@app.command("learning")
+def learning(
+    output: RowsFile,
+    shape: Annotated[list[str], typer.Option(help="qwen2.5-0.5b, llama-3.2-1b or llama-2-7b; repeat for more.")],
+    mode: LearnedMethod = "patch_joint",
+    setting: Annotated[
+        list[str] | None, typer.Option(help="fast, lean or default; repeat for more. Default: fast and lean.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the one sequence in a step.", min=2)] = 4096,
+    micro_batches: Annotated[int, typer.Option(help="Sequences per optimiser step.", min=1)] = 1,
+    official: Official = None,
+) -> None:
+    """Cost of a mask-learning step: ours, the official code's, and a dense step without masks."""
+    from patch.benchmarking.learning import measure
+
+    for name in shape:
+        for row in measure(name, mode, setting or ["fast", "lean"], tokens, official, micro_batches):
+            _add_row(output, row)
+
+
+@app.command("scaling")
+def scaling(
+    output: RowsFile,
+    model: Annotated[str, typer.Option(help="A model, or a shape of `benchmark learning` with random weights.")],
+    training: Annotated[str, typer.Option(help="Token file of `prepare tokens`, a text source, or random.")] = "random",
+    method: LearnedMethod = "patch_joint",
+    option: MethodOptions = None,
+    length: Length = 4096,
+    shard: Shard = False,
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+) -> None:
+    """Learn for a few steps alone or under torchrun: loss and time per step, to compare at equal work."""
+    from patch.benchmarking.scaling import measure, with_speedup
+    from patch.benchmarking.shapes import SHAPES, random_model, random_tokens, without_priors
+    from patch.learning import distributed
+    from patch.models import load_model
+
+    chosen = without_priors(learned_method(method, option))
+    with distributed.process_group(device_name(device)) as where:
+        loaded = random_model(model, where) if model in SHAPES else load_model(model, dtype=dtype)
+        wanted = chosen.steps * chosen.batch_size
+        tokens = (
+            random_tokens(loaded, length)
+            if training == "random"
+            else tokens_from(training, model, None, "packed", wanted, length, None)
+        )
+        row = measure(loaded, model, chosen, tokens, device=where, sharded=shard)
+        if distributed.is_main():
+            _add_row(output, row, with_speedup)
+
+
+@app.command("curves")
+def curves(
+    output: Annotated[Path, typer.Option(help="CSV file of the curves.")],
+    model: Model,
+    training: Annotated[str, typer.Option(help="Token file of `prepare tokens`, or a text source.")],
+    pattern_mask: Annotated[Path, typer.Option(help="2:4 mask of `prune`, the prior of the patterns.")],
+    reference_mask: Annotated[Path, typer.Option(help="Unstructured mask of `prune`, the prior of the tiles.")],
+    official: Annotated[Path, typer.Option(help="Checkout of Paramathic/patch.")],
+    method: LearnedMethod = "patch_joint",
+    pattern: Annotated[
+        str, typer.Option(help="Tiles have to divide all layers for the official code.")
+    ] = "tiles:64x64",
+    sparsity: Annotated[float, typer.Option(help="Percent to prune.")] = 45.0,
+    option: MethodOptions = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each.", min=2)] = 3,
+    length: Length = 512,
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+) -> None:
+    """Loss curves of ours and of the official code from the same start, and how far seeds alone are apart."""
+    import torch
+
+    from patch.benchmarking.curves import loss_curves, summary
+    from patch.models import load_model
+    from patch.sparsity.maskset import MaskSet
+    from patch.sparsity.patterns import Pattern
+
+    chosen = learned_method(method, option)
+    priors = {"pattern": MaskSet.load(pattern_mask), "reference": MaskSet.load(reference_mask)}
+    curves = loss_curves(
+        load_model(model, dtype=dtype), chosen, Pattern.parse(pattern), sparsity / 100,
+        tokens_from(training, model, None, "packed", chosen.steps * chosen.batch_size, length, None), priors, official,
+        seeds=range(seeds), device=torch.device(device_name(device)),
+    )  # fmt: skip
+    write_text(output, curves.to_csv(index=False))
+    log.info("%s", ", ".join(f"{name} {value:.4f}" for name, value in summary(curves).items()))
+
+
+@app.command("pruning")
+def pruning(
+    output: RowsFile,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="A shape of `benchmark learning`, or a layer OUTxIN. Default: qwen2.5-0.5b and llama-2-7b."),
+    ] = None,
+    method: Annotated[list[str] | None, typer.Option(help="A one-shot method; repeat for more. Default: all.")] = None,
+    pattern: Annotated[
+        list[str] | None, typer.Option(help="N:M or unstructured; repeat for more. Default: 2:4 and unstructured.")
+    ] = None,
+    sparsity: Annotated[float, typer.Option(help="Percent to prune, for patterns that do not fix it.")] = 50.0,
+    wanda: Annotated[Path | None, typer.Option(help="Checkout of locuslab/wanda to time too.")] = None,
+    sparsegpt: Annotated[Path | None, typer.Option(help="Checkout of IST-DASLab/sparsegpt to time too.")] = None,
+    thanos: Annotated[Path | None, typer.Option(help="Checkout of vectozavr/thanos to time too.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 128,
+    length: Length = 2048,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """One-shot pruning of single layers beside the reference implementations: time, memory, masks, output errors."""
+    import torch
+
+    from patch.benchmarking.pruning import measure
+    from patch.benchmarking.references import REPOSITORIES
+    from patch.sparsity.patterns import Pattern
+
+    use_threads(threads)
+    given = {"wanda": wanda, "sparsegpt": sparsegpt, "thanos": thanos}
+    checkouts = {name: path for name, path in given.items() if path}
+    for layer in shape or ["qwen2.5-0.5b", "llama-2-7b"]:
+        for name in method or REPOSITORIES:
+            for text in pattern or ["2:4", "unstructured"]:
+                parsed = Pattern.parse(text)
+                share = sparsity / 100 if parsed.fixed_sparsity is None else parsed.fixed_sparsity
+                for row in measure(
+                    layer, name, parsed, share, checkouts,
+                    samples=samples, length=length, device=torch.device(device_name(device)),
+                ):  # fmt: skip
+                    _add_row(output, row)
+
+
+def _add_row(output: Path, row: dict[str, Any], complete: Callable[[Any], Any] = lambda rows: rows) -> None:
+    import pandas as pd
+
+    before = pd.read_csv(output) if output.exists() else pd.DataFrame()
+    write_text(output, complete(pd.concat([before, pd.DataFrame([row])], ignore_index=True)).to_csv(index=False))
+    log.info("%s", ", ".join(f"{key} {value}" for key, value in row.items()))

@@ -1,0 +1,116 @@
+"""From records to tables, figures and MLflow; and how far a grid is."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from patch.artefacts import write_json
+from patch.cli.options import Configs, Output, Override, Runs
+
+log = logging.getLogger("patch")
+
+
+def collect(
+    config: Configs,
+    output: Annotated[Path, typer.Option(help="Runs table to write, .parquet; .csv and curves come beside it.")],
+    override: Override = "{}",
+    results: Annotated[Path, typer.Option(help="Directory that holds the experiment's folder.")] = Path("results"),
+) -> None:
+    """Gather the records of an experiment into one tidy table, and the curves of learned cells into another.
+
+    Cells that are not finished are listed as missing.
+    """
+    from patch import collect as collecting
+    from patch.experiments import load_experiment
+
+    experiment = load_experiment(config, json.loads(override))
+    table = collecting.collect(experiment, results)
+    collecting.write_runs(table, output)
+    collecting.write_curves(collecting.collect_curves(experiment, results), output)
+    write_json(output.with_name("experiment.json"), experiment.model_dump(mode="json"))
+    counts = table.drop_duplicates("cell")["status"].value_counts()
+    log.info("%s: %s", output, ", ".join(f"{number} cells {status}" for status, number in counts.items()))
+
+
+def tables(runs: Runs, output: Output) -> None:
+    """Write every table as CSV, Markdown and LaTeX."""
+    from patch.collect import read_runs
+    from patch.reporting.tables import write_tables
+
+    for path in write_tables(read_runs(runs), output):
+        log.info("%s", path)
+
+
+def figures(runs: Runs, output: Output) -> None:
+    """Draw every figure as PDF and PNG."""
+    from patch.collect import read_curves, read_runs
+    from patch.reporting.figures import write_figures
+
+    for path in write_figures(read_runs(runs), read_curves(runs), output):
+        log.info("%s", path)
+
+
+def mlflow(
+    runs: Runs,
+    uri: Annotated[str, typer.Option(help="MLflow tracking store.")] = "sqlite:///results/mlflow.db",
+    artifact: Annotated[list[Path] | None, typer.Option(help="File to attach; repeat for more.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write: what was done.")] = None,
+) -> None:
+    """Write the runs table to MLflow. Doing it again changes nothing; changed results replace old ones."""
+    from patch.collect import read_curves, read_runs
+    from patch.reporting.tracking import track
+
+    counts = track(read_runs(runs), read_curves(runs), uri, artifact or [])
+    log.info("%s: %s", uri, ", ".join(f"{number} runs {what}" for what, number in counts.items()))
+    if output:
+        write_json(output, {"uri": uri, **counts})
+
+
+def show(runs: Runs) -> None:
+    """Print the accuracy table in the terminal."""
+    from rich.console import Console
+
+    from patch.collect import read_runs
+    from patch.reporting.published import load_accuracy
+    from patch.reporting.tables import accuracy, render_terminal
+
+    Console().print(render_terminal(accuracy(read_runs(runs), load_accuracy())))
+
+
+def status(
+    config: Configs,
+    override: Override = "{}",
+    results: Annotated[Path, typer.Option(help="Directory that holds the experiment's folder.")] = Path("results"),
+    verbose: Annotated[bool, typer.Option("--all", help="List also what is done and what waits.")] = False,
+) -> None:
+    """Print how far a grid is: what is done, what Slurm runs (with its id), what failed (with its log), what waits.
+
+    Reads only; the grid may run meanwhile.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from patch.cluster.queue import Queue
+    from patch.cluster.status import grid_status
+    from patch.experiments import load_experiment
+
+    experiment = load_experiment(config, json.loads(override))
+    stages = grid_status(experiment, results, slurm=Queue() if shutil.which("squeue") else None)
+    counts = {word: [stage.word for stage in stages].count(word) for word in dict.fromkeys(s.word for s in stages)}
+    console = Console(width=None if sys.stdout.isatty() else 200)  # so that a captured log names files in full
+    console.print(f"{experiment.name}: {', '.join(f'{number} {word}' for word, number in counts.items())}")
+    table = Table(box=None)
+    for name in ("stage", "cell", "state", "Slurm job", "", "log"):
+        table.add_column(name, overflow="fold")
+    for stage in stages:
+        if verbose or stage.word not in ("done", "waiting"):
+            table.add_row(stage.stage, stage.cell, stage.word, stage.job, stage.detail, stage.log)
+    if table.rows:
+        console.print(table)
