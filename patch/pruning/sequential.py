@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ from patch.pruning.wanda import WandaPruner
 from patch.sparsity.maskset import LinearMask, MaskSet, fingerprint
 from patch.sparsity.patterns import Pattern
 
+NewStatistic = Callable[[int, torch.device], Statistic | None]
+"""From in_features and a device to an empty statistic."""
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 log = logging.getLogger(__name__)
 
@@ -62,22 +64,38 @@ def prune_model(
     for name, linear in chosen.items():
         pattern.check_shape(linear.out_features, linear.in_features, name)
     base = fingerprint(linears)
-    prefix, blocks = decoder_blocks(model)
     if method.uses_calibration and calibration is None:
         raise PatchError(f"method {method.title}: needs calibration tokens.")
-    stream = _HiddenStates(model, calibration, device) if method.uses_calibration and calibration else None
-
     masks = {name: LinearMask.dense((linear.out_features, linear.in_features)) for name, linear in linears.items()}
+    tokens = calibration if method.uses_calibration else None
+    for layers, statistics in calibrated_blocks(model, chosen, pruner.new_statistic, tokens, device):
+        for name, linear in layers.items():
+            masks[name] = _prune_linear(name, linear, pruner, statistics.get(name), pattern, sparsity)
+    return MaskSet(masks, base)
+
+
+def calibrated_blocks(
+    model: PreTrainedModel,
+    linears: dict[str, nn.Linear],
+    new_statistic: NewStatistic,
+    calibration: TokenSet | None,
+    device: str,
+) -> Iterator[tuple[dict[str, nn.Linear], dict[str, Statistic]]]:
+    """Block after block on `device`: those of `linears` in it, and the statistics of their inputs.
+
+    What the caller makes of a block's layers before it asks for the next one is what the next one's inputs come from.
+    calibration: None for no statistics. Raises PatchError as `prune_model` does. Call it without gradients.
+    """
+    prefix, blocks = decoder_blocks(model)
+    stream = _HiddenStates(model, calibration, device) if calibration else None
     for index, block in track(list(enumerate(blocks)), "block", log):
-        layers = {name: linear for name, linear in chosen.items() if name.startswith(f"{prefix}.{index}.")}
+        layers = {name: linear for name, linear in linears.items() if name.startswith(f"{prefix}.{index}.")}
         with _on_device(block, device):
-            statistics = _accumulate(stream, index, block, layers, pruner, device) if stream else {}
-            for name, linear in layers.items():
-                masks[name] = _prune_linear(name, linear, pruner, statistics.get(name), pattern, sparsity)
-            del statistics
+            statistics = _accumulate(stream, index, block, layers, new_statistic, device) if stream else {}
+            yield layers, statistics
+            statistics.clear()  # the caller's, too, before anything else needs memory
             if stream:
                 stream.advance(index, block)
-    return MaskSet(masks, base)
 
 
 def _chosen(linears: dict[str, nn.Linear], method: Method) -> dict[str, nn.Linear]:
@@ -131,7 +149,7 @@ def _accumulate(
     index: int,
     block: nn.Module,
     layers: dict[str, nn.Linear],
-    pruner: Pruner,
+    new_statistic: NewStatistic,
     device: str,
 ) -> dict[str, Statistic]:
     """Statistics of all layers of a block. Layers that get the same input tensor share one (q, k, v; gate, up)."""
@@ -145,7 +163,7 @@ def _accumulate(
                 if seen is arguments[0]:
                     statistics.setdefault(name, statistics[leader])
                     return
-            statistic = pruner.new_statistic(linear.in_features, torch.device(device))
+            statistic = new_statistic(linear.in_features, torch.device(device))
             assert statistic is not None
             statistics[name] = statistic
             leaders.append((arguments[0], name))
