@@ -14,6 +14,7 @@ import typer
 
 from patch.artefacts import PatchError
 from patch.cli import benchmark, cluster, config, prepare, results
+from patch.cli.compress import compress
 from patch.cli.evaluate import evaluate
 from patch.cli.learn import learn
 from patch.cli.options import fail
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(prepare.app, name="prepare")
-for command in (prune, learn, evaluate):
+for command in (prune, learn, compress, evaluate):
     app.command()(command)
 for command in (results.collect, results.tables, results.figures, results.mlflow, results.show, results.status):
     app.command()(command)

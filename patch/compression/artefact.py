@@ -180,17 +180,12 @@ class CompressedSet:
     @property
     def bits_per_weight(self) -> float:
         """Size of all tensors, masks, scales and adapters included, over the number of weights they stand for."""
-        return self.bits / sum(layer.weight.mask.size for layer in self.linears.values())
+        return sum(matrix.bits for layer in self.linears.values() for _, matrix in layer.matrices()) / self.size
 
     @property
-    def bits(self) -> int:
-        return sum(matrix.bits for layer in self.linears.values() for _, matrix in layer.matrices())
-
-    @property
-    def sparsity(self) -> float:
-        """Share of weights that the masks drop, 0 to 1; weights that round to 0 do not count."""
-        masks = [layer.weight.mask for layer in self.linears.values()]
-        return 1 - sum(mask.kept for mask in masks) / sum(mask.size for mask in masks)
+    def size(self) -> int:
+        """Number of weights of the layers."""
+        return sum(layer.weight.mask.size for layer in self.linears.values())
 
     def save(self, path: Path | str) -> str:
         """Verify, then write atomically; returns the checksum of the content."""

@@ -13,17 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patch.compression.options import InputQuantisation
+from patch.artefacts import PatchError
 
 
-def quantise_inputs_(linears: Iterable[nn.Linear], how: InputQuantisation) -> None:
+def quantise_inputs_(linears: Iterable[nn.Linear], how: str) -> None:
     """From now on let the layers see their inputs quantised, adapters included. Computed in float32.
 
-    The largest level becomes a buffer of the layer, so that its state differs from that of a layer without.
+    how: none, int8 or float8. The largest level becomes a buffer of the layer, so that its state differs from that of a
+    layer without. Raises PatchError for anything else.
     """
     if how == "none":
         return
-    largest, quantise = {"int8": (127.0, int8_per_token), "float8": (448.0, float8_per_tensor)}[how]
+    known = {"int8": (127.0, int8_per_token), "float8": (448.0, float8_per_tensor)}
+    if how not in known:
+        raise PatchError(f"inputs {how!r}: choose none, {' or '.join(known)}.")
+    largest, quantise = known[how]
 
     def hook(linear: nn.Module, arguments: tuple[Tensor, ...]) -> Any:
         assert isinstance(linear.largest_level, Tensor)

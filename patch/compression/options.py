@@ -5,9 +5,11 @@ SLIM = Paramathic/slim, the code behind arXiv 2410.09615 and behind the quantise
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from patch.artefacts import PatchError
 
 InputQuantisation = Literal["none", "int8", "float8"]
 
@@ -49,3 +51,15 @@ class Compression(BaseModel):
     @property
     def uses_calibration(self) -> bool:
         return self.adapter_rank > 0 and self.adapter_norm != "none"
+
+
+def make_compression(options: dict[str, Any]) -> Compression:
+    """The settings by name. Raises PatchError for unknown names and wrong values."""
+    try:
+        return Compression(**options)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        known = ", ".join(Compression.model_fields)
+        raise PatchError(
+            f"compression, setting {problem['loc'][0]!r}: {problem['msg']}; the settings are: {known}."
+        ) from None
