@@ -13,7 +13,7 @@ from patch.artefacts import PatchError
 from patch.compression.options import Compression
 from patch.sparsity.patterns import keep_n_of_m
 
-ROUNDS, STEPS = 20, 10
+ROUNDS, STEPS = 50, 5
 """Of fitting pruned factors: rounds, and gradient steps of the left factor in each."""
 
 
