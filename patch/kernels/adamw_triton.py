@@ -13,8 +13,7 @@ from torch import Tensor
 from patch.kernels.adamw import BLOCK, LEVELS, SMALLEST_SCALE, STREAM
 from patch.kernels.triton_functions import exp2, log2, philox, reciprocal
 
-# Blocks whose scales one program finds at a time, a warp each: the largest entry of a block is then found by shuffles.
-ROWS = 4
+WARPS = 2
 
 _BLOCK, _STREAM = tl.constexpr(BLOCK), tl.constexpr(STREAM)
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
@@ -40,7 +39,7 @@ def _encode(
     values, noise, codes_ptr, scales_ptr, at, inside, block, entries, LEVELS: tl.constexpr, SIGNED: tl.constexpr
 ):
     magnitude = tl.where(inside, tl.abs(values), 0)
-    scale = tl.maximum(tl.max(magnitude, axis=1, keep_dims=True), _SMALLEST_SCALE)
+    scale = tl.maximum(tl.max(magnitude), _SMALLEST_SCALE)
     power = magnitude * (LEVELS**8 / scale)
     lower = tl.floor(exp2(log2(power) * 0.125))
     below, above = _eighth_power(lower), _eighth_power(lower + 1)
@@ -75,10 +74,8 @@ def _update(
     v_share,
     eps,
     STOCHASTIC: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    lane = tl.arange(0, _BLOCK)[None, :]
+    row, lane = tl.program_id(0), tl.arange(0, _BLOCK)
     step_size = tl.load(coefficients_ptr).to(tl.float32)
     root_correction = tl.load(coefficients_ptr + 1).to(tl.float32)
     decay = tl.load(coefficients_ptr + 2).to(tl.float32)
@@ -136,7 +133,7 @@ def update_(
     """As `adamw.update_torch_`."""
     m, m_scale, v, v_scale = state if len(state) == 4 else (state[0], None, state[1], None)
     entries = len(parameter)
-    _update[triton.cdiv(entries, 4 * BLOCK * ROWS),](
+    _update[triton.cdiv(entries, 4 * BLOCK),](
         parameter,
         gradient,
         m,
@@ -153,6 +150,5 @@ def update_(
         1 - betas[1],
         eps,
         STOCHASTIC=stochastic_rounding,
-        ROWS=ROWS,
-        num_warps=ROWS,
+        num_warps=WARPS,
     )
