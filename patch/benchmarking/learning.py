@@ -200,7 +200,6 @@ def _cost(name: str, make: Callable[[], Iterator[Step]]) -> Cost:
     The peak counts from the second step on, those before the capture of a CUDA graph included: what lives inside
     a graph does not show in the allocator's statistics while it is replayed, and before the capture it lives outside.
     """
-    torch.compiler.reset()
     steps = make()
     step = next(steps)
     step()  # compiles and tunes
@@ -218,6 +217,7 @@ def _cost(name: str, make: Callable[[], Iterator[Step]]) -> Cost:
     peak = torch.cuda.max_memory_allocated() / 2**30
     del step
     steps.close()  # type: ignore[attr-defined]
+    torch.compiler.reset()  # compiled code holds the model that it was compiled for
     gc.collect()
     torch.cuda.empty_cache()
     cost = Cost(statistics.median(times), peak)
