@@ -32,6 +32,8 @@ from patch.pruning.sequential import TOKENS_PER_BATCH, make_pruner
 from patch.sparsity.patterns import Pattern
 
 REPEATS = 3
+SLOW = 5.0
+"""Seconds from which on one run is enough: no warm-up shows in it."""
 log = logging.getLogger(__name__)
 
 
@@ -42,7 +44,7 @@ class Run:
     new_weight: Tensor
     """[out, in]"""
     seconds: float
-    """Median over REPEATS, from the first inputs to the pruned weights."""
+    """Median over the repeats, from the first inputs to the pruned weights."""
     peak_gib: float | None
     """Largest device memory on top of the layer's weight and inputs; None on a CPU."""
 
@@ -127,7 +129,7 @@ def random_layer(
 
 
 def run(prune: Prune, weight: Tensor, inputs: Tensor, pattern: Pattern, sparsity: float) -> Run:
-    """Once to warm up, then REPEATS times."""
+    """Once to warm up, then REPEATS times; only once where that is SLOW."""
     seconds = []
     for _ in range(REPEATS + 1):
         gc.collect()
@@ -142,7 +144,9 @@ def run(prune: Prune, weight: Tensor, inputs: Tensor, pattern: Pattern, sparsity
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         peak = (torch.cuda.max_memory_allocated() - base) / 2**30 if weight.is_cuda else None
-    return Run(new_weight, statistics.median(seconds[1:]), peak)
+        if seconds[0] > SLOW:
+            break
+    return Run(new_weight, statistics.median(seconds[1:] or seconds), peak)
 
 
 def output_norm(weight: Tensor, inputs: Tensor) -> float:
