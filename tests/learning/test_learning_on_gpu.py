@@ -32,7 +32,8 @@ def test_replayed_steps_are_those_of_plain_pytorch(
     """
     method = PatchJoint(
         steps=7, batch_size=4, micro_batch_size=2, learning_rate=1e-3, warmup_steps=1, optimizer="adamw_fused",
-        pattern_scale=(100.0, 120.0), pattern_temperature=(4.0, 3.0), tile_scale=(25.0, 30.0), tile_temperature=(4.0, 3.0),
+        pattern_scale=(100.0, 120.0), pattern_temperature=(4.0, 3.0),
+        tile_scale=(25.0, 30.0), tile_temperature=(4.0, 3.0),
     )  # fmt: skip
 
     def curves(device: str) -> tuple[list[Row], LearnableMasks]:
