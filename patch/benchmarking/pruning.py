@@ -159,7 +159,7 @@ def _ours(method: str) -> Prune:
     pruner = make_pruner(make_method(method, {}))
 
     def prune(weight: Tensor, inputs: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
-        statistic = pruner.new_statistic(weight.shape[1], weight.device)
+        statistic = pruner.statistic(weight.shape[1], weight.device) if pruner.statistic else None
         if statistic is not None:
             for batch in inputs.split(max(1, TOKENS_PER_BATCH[weight.device.type] // inputs.shape[1])):
                 statistic.add(batch)

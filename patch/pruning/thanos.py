@@ -47,9 +47,7 @@ class HessianAndLast(Hessian):
 class ThanosPruner:
     def __init__(self, options: Thanos):
         self.options = options
-
-    def new_statistic(self, in_features: int, device: torch.device) -> Hessian:
-        return (HessianAndLast if self.options.dense_row else Hessian)(in_features, device)
+        self.statistic = HessianAndLast if options.dense_row else Hessian
 
     def prune(self, weight: Tensor, statistic: Statistic | None, pattern: Pattern, sparsity: float) -> Pruned:
         """Raises PatchError where the systems stay singular at thousandfold damping."""

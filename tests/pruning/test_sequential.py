@@ -13,6 +13,7 @@ from patch.artefacts import PatchError
 from patch.methods import Dense, Magnitude, SparseGPT, Thanos, Wanda
 from patch.models import prunable_linears
 from patch.pruning import prune_model, sequential
+from patch.pruning.wanda import InputNorm
 from patch.sparsity.maskset import MaskSet
 from patch.sparsity.patterns import Pattern
 
@@ -175,13 +176,13 @@ def test_bfloat16_models_stay_bfloat16(tiny_model, tokens):
 
 def test_layers_with_the_same_inputs_share_one_statistic(tiny_model, tokens, monkeypatch):
     made = []
-    original = sequential.WandaPruner.new_statistic
 
-    def count(self, in_features, device):
-        made.append(in_features)
-        return original(self, in_features, device)
+    class Counted(InputNorm):
+        def __init__(self, in_features, device):
+            made.append(in_features)
+            super().__init__(in_features, device)
 
-    monkeypatch.setattr(sequential.WandaPruner, "new_statistic", count)
+    monkeypatch.setattr(sequential.WandaPruner, "statistic", Counted)
     prune_model(tiny_model("llama"), Wanda(), TWO_FOUR, 0.5, tokens())
     assert made == [64, 64, 64, 96] * 2  # q k v; o; gate up; down
 
