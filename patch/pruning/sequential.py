@@ -115,7 +115,7 @@ def _prune(
             run.start(linears, calibration)
     runs_left = [run for run in runs if not run.error]
     streams = [_Stream(without)] if (without := [run for run in runs_left if not run.uses_calibration]) else []
-    if calibration and (calibrated := [run for run in runs_left if run.uses_calibration]):
+    if calibration is not None and (calibrated := [run for run in runs_left if run.uses_calibration]):
         streams.append(_Stream(calibrated, _HiddenStates(model, calibration, device)))
 
     with _without_tf32():
@@ -159,7 +159,7 @@ class _Run:
         self.layers = _chosen(linears, method)
         for name, linear in self.layers.items():
             pattern.check_shape(linear.out_features, linear.in_features, name)
-        if method.uses_calibration and calibration is None:
+        if method.uses_calibration and (calibration is None or calibration.ids.numel() == 0):
             raise PatchError(f"method {method.title}: needs calibration tokens.")
         shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
         self.masks = {name: LinearMask.dense(shape) for name, shape in shapes.items()}

@@ -307,6 +307,20 @@ def test_missing_calibration_is_told(method, tiny_model):
         prune_model(tiny_model("llama"), METHODS[method], TWO_FOUR, 0.5)
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "thanos"])
+def test_calibration_without_a_sequence_is_told(method, tiny_model, tokens):
+    with pytest.raises(PatchError, match=f"method {METHODS[method].title}: needs calibration tokens"):
+        prune_model(tiny_model("llama"), METHODS[method], TWO_FOUR, 0.5, tokens(samples=0))
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "thanos"])
+def test_a_single_token_of_calibration_is_enough(method, tiny_model, tokens):
+    """Far fewer tokens than inputs: damping alone keeps the Hessians regular."""
+    model = tiny_model("llama")
+    assert prune_model(model, METHODS[method], TWO_FOUR, 0.5, tokens(samples=1, length=1)).sparsity == 0.5
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_magnitude_needs_no_calibration(tiny_model):
     assert prune_model(tiny_model("llama"), Magnitude(), TWO_FOUR, 0.5).sparsity == 0.5
 
