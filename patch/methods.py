@@ -46,6 +46,15 @@ class OneShotMethod(Method):
     be, which is the range of PATCH: a control that its paper lacks."""
 
 
+class CalibratedMethod(OneShotMethod):
+    """What one-shot methods that look at layer inputs share."""
+
+    calibration_inputs: Literal["pruned", "dense"] = "pruned"
+    """Whose activations a layer is judged by: those behind the pruned blocks before it, as in the papers, or those of
+    the dense model, which are the same for all methods and sparsities: `prune` with several of them then needs one
+    forward pass for all. Weight updates cannot make up for the error of earlier blocks then."""
+
+
 class Random(OneShotMethod):
     """Drop weights drawn at random with the cell's seed: what any choice at all has to beat. Not in the paper."""
 
@@ -62,7 +71,7 @@ class Magnitude(OneShotMethod):
     uses_calibration = False
 
 
-class Wanda(OneShotMethod):
+class Wanda(CalibratedMethod):
     """Drop the smallest |w| * ||x||: per group of M, or per output row when unstructured (arXiv 2306.11695)."""
 
     title = "Wanda"
@@ -73,7 +82,7 @@ class Wanda(OneShotMethod):
     their order by magnitude (SLIM `shift_zeros`; off in the paper)."""
 
 
-class SparseGPT(OneShotMethod):
+class SparseGPT(CalibratedMethod):
     """Optimal-brain-surgeon pruning column by column, with weight updates (arXiv 2301.00774)."""
 
     title = "SparseGPT"
@@ -85,7 +94,7 @@ class SparseGPT(OneShotMethod):
     """Share of the mean Hessian diagonal that is added to the diagonal (SGPT default 0.01)."""
 
 
-class Thanos(OneShotMethod):
+class Thanos(CalibratedMethod):
     """Wanda's scores with least-squares updates of whole rows, block by block (arXiv 2504.05346)."""
 
     title = "Thanos"

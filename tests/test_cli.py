@@ -89,13 +89,47 @@ def test_sparsegpt_options_reach_the_method(model_directory: Path, text_file: Pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "record.json").read_text())
-    assert record["arguments"]["options"] == {"layers": "all", "damping": 0.1, "block_size": 32}
+    assert record["arguments"]["options"] == {
+        "layers": "all", "calibration_inputs": "pruned", "damping": 0.1, "block_size": 32
+    }  # fmt: skip
     assert MaskSet.load(tmp_path / "out" / "mask.safetensors").sparsity == pytest.approx(0.3, abs=0.002)
+
+
+def test_several_masks_in_one_pass_have_a_folder_and_a_record_each(
+    model_directory: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """A pattern that fits no layer fails alone, and the command tells of it at the end."""
+    out = tmp_path / "out"
+    calibration = ("--calibration", text_file, "--sampling", "packed", "--samples", 4, "--length", 16)
+    done = patch_llm(
+        "prune", "--model", model_directory, "--method", "wanda", "--method", "thanos", "--pattern", "2:4",
+        "--pattern", "unstructured", "--pattern", "3:5", "--sparsity", 45, "--sparsity", 30,
+        "--set", "calibration_inputs=dense", "--set", "thanos.block_size=32", *calibration, "--output", out,
+    )  # fmt: skip
+    assert "2 of 8 masks were not made: wanda/40-3of5: layer" in error_line(done)
+    made = {str(path.parent.relative_to(out)) for path in out.rglob("record.json")}
+    assert made == {
+        f"{method}/{level}"
+        for method in ("wanda", "thanos")
+        for level in ("50-2of4", "45-unstructured", "30-unstructured")
+    }
+    assert not list(out.rglob(".lock"))
+    for path in made:
+        record, masks = (
+            json.loads((out / path / "record.json").read_text()),
+            MaskSet.load(out / path / "mask.safetensors"),
+        )
+        assert path == f"{record['arguments']['method']}/{record['arguments']['sparsity']:g}-{path.split('-')[1]}"
+        assert masks.sparsity == pytest.approx(record["arguments"]["sparsity"] / 100, abs=0.02)
+        assert record["arguments"]["options"].get("block_size") == (32 if path.startswith("thanos") else None)
+        assert record["cost"]["masks"] == 8
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--method", "wanda", "--method", "magnitude", "--key", "k"], "--key k: is that of one mask; 2 are asked for"),
+        (["--method", "wanda", "--set", "thanos.damping=1"], "--set thanos.damping: the methods asked for are wanda"),
         (["--method", "wnda"], "method 'wnda': unknown; choose one of"),
         (
             ["--method", "proxsparse"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -27,9 +28,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(prepare.app, name="prepare")
-for command in (prune, learn, evaluate):
-    app.command()(command)
-for command in (results.collect, results.tables, results.figures, results.mlflow, results.show, results.status):
+STAGES: list[Callable[..., None]] = [prune, learn, evaluate]
+RESULTS: list[Callable[..., None]] = [
+    results.collect, results.tables, results.figures, results.mlflow, results.show, results.status,
+]  # fmt: skip
+for command in STAGES + RESULTS:
     app.command()(command)
 app.add_typer(benchmark.app, name="benchmark")
 app.add_typer(config.app, name="config")

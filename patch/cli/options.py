@@ -85,6 +85,22 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     return {name: yaml.safe_load(value) for name, value in parse_pairs(pairs, "--set").items()}
 
 
+def options_of(methods: list[str], pairs: list[str]) -> dict[str, dict[str, Any]]:
+    """By method: the options NAME=VALUE, which all get, and its own METHOD.NAME=VALUE, which go before them."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in methods}
+    own: dict[str, dict[str, Any]] = {name: {} for name in methods}
+    for name, value in parse_options(pairs).items():
+        method, dot, option = name.partition(".")
+        if not dot:
+            for options in found.values():
+                options[name] = value
+        elif method in own:
+            own[method][option] = value
+        else:
+            raise PatchError(f"--set {name}: the methods asked for are {', '.join(methods)}.")
+    return {name: found[name] | own[name] for name in methods}
+
+
 def parse_pairs(texts: list[str], option: str) -> dict[str, str]:
     for text in texts:
         if "=" not in text:

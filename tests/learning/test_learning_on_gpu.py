@@ -25,10 +25,16 @@ def test_replayed_steps_are_those_of_plain_pytorch(
     tokens: Callable[..., TokenSet],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Seven steps of two micro-batches: three eager ones, the capture, and replays with moving schedules."""
+    """Seven steps of two micro-batches: three eager ones, the capture, and replays with moving schedules.
+
+    Learning rate and schedules are mild: Adam's first steps go up or down by the sign of a gradient, and where that is
+    nearly 0 devices differ; at the paper's scales such a logit then turns its whole tile.
+    """
     method = PatchJoint(
-        steps=7, batch_size=4, micro_batch_size=2, learning_rate=0.02, warmup_steps=1, optimizer="adamw_fused"
-    )
+        steps=7, batch_size=4, micro_batch_size=2, learning_rate=1e-3, warmup_steps=1, optimizer="adamw_fused",
+        pattern_scale=(100.0, 120.0), pattern_temperature=(4.0, 3.0),
+        tile_scale=(25.0, 30.0), tile_temperature=(4.0, 3.0),
+    )  # fmt: skip
 
     def curves(device: str) -> tuple[list[Row], LearnableMasks]:
         model = tiny_model("llama")
@@ -49,7 +55,6 @@ def test_replayed_steps_are_those_of_plain_pytorch(
     found, masks = curves("cuda")
     for one, other in zip(expected, found, strict=True):
         assert other["cross_entropy"] == pytest.approx(one["cross_entropy"], abs=2e-3)
-        # where Adam's first steps go up or down by the sign of a gradient near zero, a few tiles part ways
         assert other["density"] == pytest.approx(one["density"], abs=1e-3)
         assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=0.02)
     assert len(masks.gradients) == 2

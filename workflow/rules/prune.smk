@@ -1,4 +1,8 @@
-"""One-shot pruning: a MaskSet per cell."""
+"""One-shot pruning: a MaskSet per cell.
+
+A job per cell, although `prune` can make several masks in one pass: Snakemake would delete or redo all of a job's masks
+when one of them fails or changes.
+"""
 
 
 rule prune:
