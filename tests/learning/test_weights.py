@@ -265,7 +265,7 @@ def test_a_start_of_another_model_is_told(
     other = tiny_model("llama")
     with torch.no_grad():
         next(iter(prunable_linears(other).values())).weight.add_(1)
-    with pytest.raises(PatchError, match="other weights"):
+    with pytest.raises(PatchError, match="belongs to another model"):
         train(FineTune(**SHORT), "2:4", start_of(other))
 
 
