@@ -51,5 +51,4 @@ rule demo:
 
 
 onstart:
-    refuse_unrunnable()
     collect_garbage_again()

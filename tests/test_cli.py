@@ -131,10 +131,7 @@ def test_several_masks_in_one_pass_have_a_folder_and_a_record_each(
         (["--method", "wanda", "--method", "magnitude", "--key", "k"], "--key k: is that of one mask; 2 are asked for"),
         (["--method", "wanda", "--set", "thanos.damping=1"], "--set thanos.damping: the methods asked for are wanda"),
         (["--method", "wnda"], "method 'wnda': unknown; choose one of"),
-        (
-            ["--method", "proxsparse"],
-            "method 'proxsparse': part of the paper's grid, but this version cannot run it yet",
-        ),
+        (["--method", "proxsparse"], "method ProxSparse: does not prune in one shot; use `patch-llm learn`"),
         (["--method", "sparsegpt", "--set", "dampin=1"], "option 'dampin'"),
         (["--method", "magnitude", "--pattern", "2-4"], "pattern '2-4': not one of"),
         (["--method", "magnitude", "--pattern", "3:5"], "64 inputs do not split into 5s"),

@@ -123,16 +123,8 @@ def test_everything_that_needs_a_network_is_one_target(tmp_path: Path) -> None:
     done = snakemake("prepare", "--dry-run", "--configfile", str(config), "--directory", str(tmp_path))
     started = {line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("rule ")}
     assert started - {"prepare"} == {
-        f"prepare_{what}" for what in ("model", "calibration", "training", "text", "tasks")
+        f"prepare_{what}" for what in ("model", "calibration", "training", "documents", "text", "tasks")
     }
-
-
-def test_listed_methods_are_refused_before_anything_runs(tmp_path: Path) -> None:
-    config = ROOT / "workflow" / "config" / "paper.yaml"
-    done = snakemake("--cores", "1", "--configfile", str(config), "--directory", str(tmp_path))
-    assert done.returncode != 0
-    assert "this version cannot run" in done.stderr
-    assert not (tmp_path / "results").exists()
 
 
 def test_typo_in_the_config_names_key_file_and_nearest_key(tmp_path: Path) -> None:

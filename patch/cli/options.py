@@ -12,7 +12,7 @@ from patch.artefacts import PatchError
 
 if TYPE_CHECKING:
     from patch.data import TokenSet
-    from patch.methods import Learned
+    from patch.methods import Learned, Trained
     from patch.records import Metric
     from patch.sparsity.maskset import MaskSet
 
@@ -27,7 +27,8 @@ Output = Annotated[Path, typer.Option(help="Directory for results; made if missi
 Key = Annotated[str, typer.Option(help="Identity to store in the record; the workflow passes its cell key.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Sampling = Annotated[
-    str, typer.Option(help="windows (of documents that are long enough), packed, or joined (for perplexity).")
+    str,
+    typer.Option(help="windows (of documents that are long enough), packed, documents, or joined (for perplexity)."),
 ]
 Samples = Annotated[int | None, typer.Option(help="Number of sequences; all if not given.", min=1)]
 Length = Annotated[int, typer.Option(help="Tokens per sequence.", min=2)]
@@ -37,6 +38,7 @@ Runs = Annotated[Path, typer.Argument(help="The runs table, runs.parquet, of `co
 MethodOptions = Annotated[
     list[str] | None, typer.Option("--set", help="A hyper-parameter, NAME=VALUE; repeat for more.")
 ]
+TrainedMethod = Annotated[str, typer.Option(help="maskllm, patch_joint, patch_tile, proxsparse or fine_tune.")]
 LearnedMethod = Annotated[str, typer.Option(help="maskllm, patch_joint or patch_tile.")]
 Shard = Annotated[
     bool, typer.Option(help="Split weights and logits over all processes; `learn` does where they do not fit one.")
@@ -45,12 +47,22 @@ RowsFile = Annotated[Path, typer.Option(help="CSV file to add rows to.")]
 Official = Annotated[Path | None, typer.Option(help="Checkout of Paramathic/patch to time too.")]
 
 
-def learned_method(name: str, options: list[str] | None) -> Learned:
-    from patch.methods import Learned, make_method
+def trained_method(name: str, options: list[str] | None) -> Trained:
+    from patch.methods import Trained, make_method
 
     chosen = make_method(name, parse_options(options or []))
-    if not isinstance(chosen, Learned):
+    if not isinstance(chosen, Trained):
         raise PatchError(f"method {name!r}: does not learn; use `patch-llm prune`.")
+    return chosen
+
+
+def learned_method(name: str, options: list[str] | None) -> Learned:
+    """One that learns masks on frozen weights."""
+    from patch.methods import Learned
+
+    chosen = trained_method(name, options)
+    if not isinstance(chosen, Learned):
+        raise PatchError(f"method {name!r}: trains weights; use one that learns masks on frozen ones.")
     return chosen
 
 

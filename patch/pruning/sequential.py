@@ -270,7 +270,7 @@ def make_pruner(method: Method, seed: int = 0) -> Pruner:
             return SparseGPTPruner(method)
         case Thanos():
             return ThanosPruner(method)
-    raise PatchError(f"method {method.title}: not a one-shot pruning method.")
+    raise PatchError(f"method {method.title}: does not prune in one shot; use `patch-llm learn`.")
 
 
 def _prune_linear(

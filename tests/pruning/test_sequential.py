@@ -331,7 +331,7 @@ def test_patterns_that_a_method_cannot_make_are_refused(tiny_model, tokens):
 
 
 def test_dense_is_not_a_pruning_method(tiny_model):
-    with pytest.raises(PatchError, match="Dense: not a one-shot pruning method"):
+    with pytest.raises(PatchError, match="Dense: does not prune in one shot"):
         prune_model(tiny_model("llama"), Dense(), Pattern("dense"), 0.0)
 
 

@@ -15,6 +15,7 @@ from patch.artefacts import PatchError, checksum_json
 from patch.cluster import needs
 from patch.cluster.site import Gpu, load_site
 from patch.experiments import load_experiment
+from patch.methods import METHODS
 from patch.provenance import code_hash
 
 # A large grid makes millions of objects that live to the end; looking for garbage among them takes a sixth of the time.
@@ -87,17 +88,6 @@ def collect_garbage_again():
     gc.enable()
 
 
-def refuse_unrunnable():
-    """End a real run at once where a cell's method is only listed; a dry-run shows such cells."""
-    methods = sorted({cell.method for cell in GRID.cells if not cell.runs})
-    if methods:
-        runnable = sorted({cell.method for cell in GRID.cells if cell.runs})
-        raise WorkflowError(
-            f"{EXPERIMENT.name}: this version cannot run {', '.join(methods)} yet; run the rest of the "
-            f"grid with --config 'only={{methods: [{', '.join(runnable)}]}}'."
-        )
-
-
 def prepare_model_options(wildcards):
     source = EXPERIMENT.models[wildcards.model]
     options = ["--model", source.source, "--dtype", source.dtype]
@@ -123,6 +113,13 @@ def training_options(wildcards):
     return shlex.join([*options, "--device", EXPERIMENT.device])
 
 
+def documents_options(wildcards):
+    text = EXPERIMENT.documents
+    return _token_options(
+        text.source, "documents", text.length, text.samples, str(text.seed)
+    )
+
+
 def perplexity_options(wildcards):
     text = EXPERIMENT.evaluation.perplexity[wildcards.text]
     return _token_options(text.source, "joined", text.length, text.windows, None)
@@ -145,7 +142,11 @@ def calibration_tokens(wildcards):
 
 
 def training_tokens(wildcards):
-    return f"{RUN}/{CELLS[wildcards.cell].model}/tokens/training.safetensors"
+    return _training_file(CELLS[wildcards.cell])
+
+
+def _training_file(cell):
+    return f"{RUN}/{cell.model}/tokens/{METHODS[cell.method].text}.safetensors"
 
 
 def network_files():
@@ -154,11 +155,13 @@ def network_files():
     files = [f"{RUN}/{model}/model.json" for model in models]
     files += [path for cell in models.values() for path in _texts(cell.model).values()]
     for cell in CELLS.values():
-        tokens = f"{RUN}/{cell.model}/tokens"
         if cell.calibration:
+            tokens = f"{RUN}/{cell.model}/tokens"
             files.append(f"{tokens}/calibration-seed-{cell.seed}.safetensors")
-        if cell.training and not cell.training.generated:
-            files.append(f"{tokens}/training.safetensors")
+        if cell.training and not (
+            cell.training == EXPERIMENT.training and EXPERIMENT.training.generated
+        ):
+            files.append(_training_file(cell))
     files += [f"{RUN}/tasks.json"] if EXPERIMENT.evaluation.tasks else []
     return list(dict.fromkeys(files))
 

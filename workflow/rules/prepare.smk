@@ -70,6 +70,26 @@ rule prepare_training:
         "python -m patch prepare tokens --model {input.model} {params.options} --output {output} > {log} 2>&1"
 
 
+rule prepare_documents:
+    input:
+        model=f"{RUN}/{{model}}/model.json",
+    output:
+        f"{RUN}/{{model}}/tokens/documents.safetensors",
+    log:
+        f"{LOGS}/{{model}}/documents.log",
+    benchmark:
+        f"{LOGS}/{{model}}/documents.tsv"
+    conda:
+        ENVIRONMENT
+    resources:
+        **cluster_resources("prepare"),
+    params:
+        options=documents_options,
+        code=code_hash("prepare"),
+    shell:
+        "python -m patch prepare tokens --model {input.model} {params.options} --output {output} > {log} 2>&1"
+
+
 rule prepare_text:
     input:
         model=f"{RUN}/{{model}}/model.json",
