@@ -35,7 +35,8 @@ weight, a 2:4 tile 1.125.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ _METADATA = {0b0011: 0x4, 0b0101: 0x8, 0b1001: 0xC, 0b0110: 0x9, 0b1010: 0xD, 0b
 _METADATA |= {0b0000: 0x4, 0b0001: 0x4, 0b0010: 0x4, 0b0100: 0x8, 0b1000: 0xC}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HybridWeight:
     """A weight [out_features, in_features] in this format; `payload` and `descriptors` are all there is to save."""
 
@@ -70,6 +71,8 @@ class HybridWeight:
     descriptors: Tensor
     """int32 [tile rows, tile columns]"""
     version: int = VERSION
+    plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    """What kernels derive from the descriptors on first use, by kernel and shape."""
 
     def __post_init__(self) -> None:
         place = f"weight of {self.out_features}x{self.in_features}"
