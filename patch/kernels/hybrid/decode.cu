@@ -270,7 +270,7 @@ const char* launch_type(const Task& task, const Launch& how) {
     if (task.tokens <= 16) return one ? launch_shared<T, 16, 1>(task, how) : launch_shared<T, 16, 2>(task, how);
     if (task.tokens <= 32) return one ? launch_shared<T, 32, 1>(task, how) : launch_shared<T, 32, 2>(task, how);
     if (task.tokens <= 64) return one ? launch_shared<T, 64, 1>(task, how) : launch_shared<T, 64, 2>(task, how);
-    return one ? launch_shared<T, 128, 1>(task, how) : launch_shared<T, 128, 2>(task, how);
+    return one ? launch_shared<T, 128, 1>(task, how) : "two rows of tiles at a time suit 64 tokens at most";
 }
 
 // Null, or what went wrong.
