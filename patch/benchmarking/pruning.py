@@ -7,10 +7,8 @@ language models. Both accumulate the same inputs and prune the same weights.
 
 from __future__ import annotations
 
-import copy
 import gc
 import logging
-import re
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -20,13 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from patch.artefacts import PatchError
 from patch.benchmarking.references import REPOSITORIES, Prune, load_reference
-from patch.benchmarking.shapes import SHAPES
+from patch.benchmarking.shapes import layer_shapes
 from patch.methods import make_method
-from patch.models import prunable_linears
 from patch.provenance import stamp
 from patch.pruning.base import Statistic
 from patch.pruning.sequential import TOKENS_PER_BATCH, make_pruner
@@ -102,20 +97,6 @@ def measure(
             "forward_with_statistic_s": _rounded(forward_seconds(weight, inputs, kind), 6),
         }
         yield row | stamp() | forward
-
-
-def layer_shapes(shape: str) -> list[tuple[int, int]]:
-    """(out_features, in_features) of the different linears in a block of one of SHAPES, or of the one layer OUTxIN."""
-    if found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape):
-        return [(int(found[1]), int(found[2]))]
-    if shape not in SHAPES:
-        raise PatchError(f"shape {shape!r}: not one of {', '.join(SHAPES)}, or a layer such as 896x4864.")
-    config = copy.deepcopy(SHAPES[shape])
-    config.num_hidden_layers = 1
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    linears = prunable_linears(model).values()
-    return list(dict.fromkeys((linear.out_features, linear.in_features) for linear in linears))
 
 
 def random_layer(

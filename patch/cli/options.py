@@ -44,6 +44,7 @@ Shard = Annotated[
     bool, typer.Option(help="Split weights and logits over all processes; `learn` does where they do not fit one.")
 ]
 RowsFile = Annotated[Path, typer.Option(help="CSV file to add rows to.")]
+Numbers = Annotated[str, typer.Option(help="Numbers, separated by commas.")]
 Official = Annotated[Path | None, typer.Option(help="Checkout of Paramathic/patch to time too.")]
 
 
@@ -113,6 +114,13 @@ def parse_integer(name: str, value: str) -> int:
         return int(value)
     except ValueError:
         raise PatchError(f"--limit-for {name}={value}: the limit must be a whole number.") from None
+
+
+def parse_numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise PatchError(f"{option} {text}: write numbers with commas between them, such as 25,45.") from None
 
 
 def device_name(name: str) -> str:

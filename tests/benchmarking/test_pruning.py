@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from patch.artefacts import PatchError
-from patch.benchmarking.pruning import forward_seconds, layer_shapes, measure, output_norm, random_layer
+from patch.benchmarking.pruning import forward_seconds, measure, output_norm, random_layer
+from patch.benchmarking.shapes import layer_shapes
 from patch.pruning.wanda import InputNorm
 from patch.sparsity.patterns import Pattern
 
