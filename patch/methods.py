@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from patch.artefacts import PatchError
 
@@ -148,6 +148,12 @@ class Trained(Method):
     effective weights too, which saves two bytes per weight and costs another drawing of the masks."""
     checkpoint_every: int = Field(50, gt=0)
     """Steps between saved states; an interrupted job goes on from the last one."""
+
+    @field_validator("checkpointing", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        """YAML reads `off` as false."""
+        return "off" if value is False else value
 
     @property
     def fused(self) -> bool:

@@ -57,3 +57,9 @@ def test_an_unknown_option_is_told_with_the_known_ones(name):
 def test_an_impossible_value_names_its_option(options):
     with pytest.raises(PatchError, match=f"option '{next(iter(options))}'"):
         make_method("sparsegpt", options)
+
+
+def test_checkpointing_off_may_be_written_as_yaml_reads_it():
+    assert make_method("patch_joint", {"checkpointing": False}).checkpointing == "off"  # type: ignore[attr-defined]
+    with pytest.raises(PatchError, match="option 'checkpointing'"):
+        make_method("patch_joint", {"checkpointing": True})

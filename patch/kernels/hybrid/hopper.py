@@ -122,10 +122,16 @@ def _decode_plan(weight: HybridWeight, width: int, tuning: DecodeTuning) -> _Dec
 
 
 def _tuning(weight: HybridWeight, width: int) -> DecodeTuning:
-    return DecodeTuning(rows=1, blocks_per_processor=1, shared_kib=226, overlap=False)
+    """Measured on an H200 at 4 shapes of LLaMA-2-7B: pairs of tile rows pay where there are many and tokens are few.
+
+    Overlap is safe here: making the schedule waits for the device, so a payload is complete before its first use.
+    """
+    tile_rows = len(weight.descriptors)
+    paired = (tile_rows >= 64 and width <= 16) or (tile_rows >= 128 and width <= 32)
+    return DecodeTuning(rows=2 if paired else 1, blocks_per_processor=1, shared_kib=226, overlap=True)
 
 
-def prefill(x: Tensor, weight: HybridWeight, bias: Tensor | None = None, cluster: int = 2) -> Tensor:
+def prefill(x: Tensor, weight: HybridWeight, bias: Tensor | None = None, cluster: int = 1) -> Tensor:
     """x [..., in] -> x @ weight^T + bias, [..., out], by tiles of 256 tokens. Repeats bit for bit.
 
     cluster: how many blocks share the activations they load: 1, 2 or 4.
