@@ -61,9 +61,9 @@ def sparsity_by(layers: pd.DataFrame, column: str) -> pd.Series:
 def tile_map(masks: MaskSet) -> Figure:
     """All tiles of a model: decoder blocks down, modules across, in each cell the layer's tiles, outputs down.
 
-    Dark tiles are dense, light ones 2:4; smaller ones at a layer's edges are drawn as large as the others. Where a layer
-    has no tiles, it is shown what its weights keep in squares of 128. Beside and above: the sparsity of the block and of
-    the module, percent.
+    Dark tiles are dense, light ones 2:4; smaller ones at a layer's edges are drawn as large as the others. Where a
+    layer has no tiles, what its weights keep in squares of 128 is shown. Beside and above: the sparsity of the block
+    and of the module, percent.
     """
     layers = layer_table(masks).dropna(subset=["block"])
     if layers.empty:
