@@ -9,12 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from patch.exporting import export
     from patch.inference import load
     from patch.kernels.hybrid.linear import HybridLinear
     from patch.quickstart import evaluate, get_llm, learn_mask, prepare_pruned_model
 
-__all__ = ["HybridLinear", "evaluate", "get_llm", "learn_mask", "load", "prepare_pruned_model"]
-_HOMES = {"HybridLinear": "patch.kernels.hybrid.linear", "load": "patch.inference"}
+__all__ = ["HybridLinear", "evaluate", "export", "get_llm", "learn_mask", "load", "prepare_pruned_model"]
+_HOMES = {
+    "HybridLinear": "patch.kernels.hybrid.linear",
+    "export": "patch.exporting",
+    "load": "patch.inference",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -361,6 +361,33 @@ class FineTune(TrainedWeights):
     """Method whose mask, of the same pattern and sparsity, is kept, and whose weights are trained further."""
 
 
+class Released(Method):
+    """A mask that others have published in the format of the official release, on the model's own weights: nothing is
+    pruned or trained, and everything is checked. Defaults: the masks of PATCH's authors."""
+
+    title = "Released mask"
+    patterns = ("2:4", "tiles")
+    uses_calibration = False
+
+    source: str = "mohammad-mozaffari/{name}-{recipe}-{sparsity}Sparse"
+    """Repository on the hub, a directory or a file; {name}, {recipe} and {sparsity} (in percent) are filled in."""
+    name: str = ""
+    """What the source calls the model, such as qwen2.5_0.5b."""
+    recipe: str = "PATCH"
+    """What it calls the method: PATCH or MaskLLM."""
+    file: str = "mask.npz"
+    """Name of the file there."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub; None for its newest."""
+
+    def location(self, sparsity: float) -> str:
+        """The source for a sparsity in percent. Raises PatchError where the model's name is wanted but not given."""
+        if "{name}" in self.source and not self.name:
+            raise PatchError(f"method 'released', source {self.source}: set its option `name`, the model's name there.")
+        filled = self.source.replace("{name}", self.name).replace("{recipe}", self.recipe)
+        return filled.replace("{sparsity}", f"{sparsity:g}")
+
+
 METHODS: dict[str, type[Method]] = {
     "dense": Dense,
     "random": Random,
@@ -373,6 +400,7 @@ METHODS: dict[str, type[Method]] = {
     "patch_joint": PatchJoint,
     "patch_tile": PatchTile,
     "fine_tune": FineTune,
+    "released": Released,
 }
 MethodName = Literal[
     "dense",
@@ -386,6 +414,7 @@ MethodName = Literal[
     "patch_joint",
     "patch_tile",
     "fine_tune",
+    "released",
 ]
 
 

@@ -224,3 +224,37 @@ def test_asking_for_a_missing_gpu_is_one_line(model_directory: Path, tmp_path: P
         "prune", "--model", model_directory, "--method", "magnitude", "--device", "cuda", "--output", tmp_path / "out"
     )
     assert "--device cuda: PyTorch sees no GPU here" in error_line(done)
+
+
+def test_inspect_tells_what_a_mask_prunes_and_draws_it(model_directory: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    patch_llm("prune", "--model", model_directory, "--method", "magnitude", "--pattern", "2:4", "--output", out)
+    done = patch_llm(
+        "inspect", out / "mask.safetensors", "--csv", tmp_path / "layers.csv", "--picture", tmp_path / "t.png"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2:4 in 14 layers" in done.stdout
+    assert "50.000 % (target 50 %)" in done.stdout
+    assert "all    50.0" in done.stdout
+    assert len((tmp_path / "layers.csv").read_text().splitlines()) == 15
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "t.pdf").read_bytes().startswith(b"%PDF")
+    (out / "mask.safetensors").write_bytes((out / "mask.safetensors").read_bytes()[:-40])
+    assert "mask.safetensors: truncated" in error_line(patch_llm("inspect", out / "mask.safetensors"))
+
+
+def test_export_writes_a_checkpoint_with_the_records_numbers(
+    model_directory: Path, text_file: Path, tmp_path: Path
+) -> None:
+    mask, model = tmp_path / "out" / "mask.safetensors", ("--model", model_directory)
+    patch_llm("prune", *model, "--method", "magnitude", "--pattern", "2:4", "--output", mask.parent)
+    text = ("--text", f"mine={text_file}", "--length", 16)
+    patch_llm("evaluate", *model, "--mask", mask, *text, "--output", tmp_path / "evaluate")
+    record = tmp_path / "evaluate" / "record.json"
+    done = patch_llm("export", *model, "--mask", mask, "--output", tmp_path / "exported", "--record", record)
+    assert done.returncode == 0, done.stderr
+    value = json.loads(record.read_text())["metrics"][0]["value"]
+    assert f"| mine, perplexity | {value:.2f} ±" in (tmp_path / "exported" / "README.md").read_text()
+    again = patch_llm("evaluate", "--model", tmp_path / "exported", *text, "--output", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "again" / "record.json").read_text())["metrics"][0]["value"] == value

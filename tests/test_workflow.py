@@ -158,3 +158,21 @@ def test_generated_schema_and_key_list_are_up_to_date() -> None:
     directory = ROOT / "workflow" / "config"
     assert json.loads((directory / "schema.json").read_text()) == schema()
     assert (directory / "options.md").read_text() == options_markdown()
+
+
+def test_published_masks_are_fetched_with_the_models_and_not_trained(tmp_path: Path) -> None:
+    config = ROOT / "workflow" / "config" / "released_masks.yaml"
+    part = "only={models: [llama-2-7b], methods: [released], sparsities: [45]}"
+    shown = ("--dry-run", "-p", "--configfile", str(config), "--directory", str(tmp_path), "--config", part)
+    output = snakemake(*shown).stdout
+    cell = "results/released_masks/llama-2-7b/released/45-tiles128x128"
+    (fetched,) = commands(output, "prepare released")
+    assert (
+        f"--source mohammad-mozaffari/llama_2_7b-PATCH-45Sparse --file mask.npz --output {cell}/released.json"
+        in fetched
+    )
+    (taken,) = commands(output, "prune")
+    assert "--method released --pattern tiles:128x128 --sparsity 45 " in taken
+    assert f"--released {cell}/released.json" in taken
+    assert not commands(output, "learn")
+    assert commands(snakemake("prepare", *shown).stdout, "prepare released") == [fetched]

@@ -32,6 +32,8 @@ from patch.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from patch.data import TokenSet
     from patch.pruning import Job
     from patch.records import Clock
@@ -45,10 +47,10 @@ def prune(
     output: Output,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="magnitude, wanda, sparsegpt, thanos or random; repeat for more. Default: wanda."),
+        typer.Option(help="magnitude, wanda, sparsegpt, thanos, random, or released; repeat for more. Default: wanda."),
     ] = None,
     pattern: Annotated[
-        list[str] | None, typer.Option(help="N:M or unstructured; repeat for more. Default: 2:4.")
+        list[str] | None, typer.Option(help="N:M, unstructured, or a released mask's tiles; repeat. Default: 2:4.")
     ] = None,
     sparsity: Annotated[
         list[float] | None,
@@ -57,6 +59,9 @@ def prune(
     option: MethodOptions = None,
     calibration: Annotated[
         str | None, typer.Option(help="Token file of `prepare tokens`, or a text source; default: c4.")
+    ] = None,
+    released: Annotated[
+        Path | None, typer.Option(help="released.json of `prepare released`; by default it is fetched now.")
     ] = None,
     sampling: Sampling = "windows",
     samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 128,
@@ -77,6 +82,7 @@ def prune(
     a folder METHOD/SPARSITY-PATTERN of its own; one that fails leaves the others as they are. With
     `--set calibration_inputs=dense` one forward pass feeds them all. `--set METHOD.NAME=VALUE` is for one method only.
     """
+    from patch.methods import Released
     from patch.models import load_model
     from patch.pruning import prune_together
     from patch.records import Clock
@@ -93,7 +99,11 @@ def prune(
         tokens = None
         if any(one.job.method.uses_calibration for one in wanted):
             tokens = tokens_from(calibration or "c4", model, revision, sampling, samples, length, seed)
-        results = prune_together(loaded, [one.job for one in wanted], tokens, device_name(device), seed)
+        ours = [one.job for one in wanted if not isinstance(one.job.method, Released)]
+        pruned = iter(prune_together(loaded, ours, tokens, device_name(device), seed))
+        results = [
+            _take(one.job, released, loaded) if isinstance(one.job.method, Released) else next(pruned) for one in wanted
+        ]
         errors = {}
         for one, result in zip(wanted, results, strict=True):
             if isinstance(result, PatchError):
@@ -139,6 +149,24 @@ def _wanted(
     return [_Wanted(name, job, output if alone else output / path) for path, (name, job) in found.items()]
 
 
+def _take(job: Job, released: Path | None, model: PreTrainedModel) -> MaskSet | PatchError:
+    """A mask that somebody else has made."""
+    from patch.methods import Released
+    from patch.models import prunable_linears
+    from patch.pruning.released import ReleasedFile, fetch, released_masks
+
+    method = job.method
+    assert isinstance(method, Released)
+    try:
+        if released:
+            found = ReleasedFile.read(released)
+        else:
+            found = fetch(method.location(100 * job.sparsity), method.file, method.revision)
+        return released_masks(found, prunable_linears(model), job.pattern, job.sparsity)
+    except PatchError as error:
+        return error
+
+
 def _write(
     masks: MaskSet,
     wanted: _Wanted,
@@ -161,7 +189,9 @@ def _write(
     }
     path = wanted.directory / "mask.safetensors"
     with recording("prune", key, arguments, wanted.directory, clock) as record:
-        masks.recipe = {**arguments, "calibration": None}
+        masks.recipe = {**arguments, "calibration": None, **masks.recipe}
+        if "released" in masks.recipe:
+            record.inputs["released"] = masks.recipe["released"]["checksum"]
         if tokens and wanted.job.method.uses_calibration:
             record.inputs["calibration"] = tokens.checksum
             record.protocol["calibration"] = masks.recipe["calibration"] = tokens.protocol

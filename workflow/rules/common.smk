@@ -141,6 +141,25 @@ def calibration_tokens(wildcards):
     )
 
 
+def released_mask(wildcards):
+    """Of cells whose mask is a published one, what is known of that file."""
+    cell = CELLS[wildcards.cell]
+    return released_file(cell) if cell.method == "released" else []
+
+
+def released_file(cell):
+    return f"{RUN}/{cell.path}/released.json"
+
+
+def released_options(wildcards):
+    cell = CELLS[wildcards.cell]
+    method = METHODS[cell.method](**cell.options)
+    options = ["--source", method.location(cell.sparsity), "--file", method.file]
+    return shlex.join(
+        options + (["--revision", method.revision] if method.revision else [])
+    )
+
+
 def training_tokens(wildcards):
     return _training_file(CELLS[wildcards.cell])
 
@@ -162,6 +181,8 @@ def network_files():
             cell.training == EXPERIMENT.training and EXPERIMENT.training.generated
         ):
             files.append(_training_file(cell))
+        if cell.method == "released":
+            files.append(released_file(cell))
     files += [f"{RUN}/tasks.json"] if EXPERIMENT.evaluation.tasks else []
     return list(dict.fromkeys(files))
 
@@ -174,8 +195,9 @@ def prior_masks(wildcards):
 
 def prune_options(wildcards, input):
     cell = CELLS[wildcards.cell]
-    text = ["--calibration", input.calibration] if cell.calibration else []
-    return shlex.join([*_method_options(cell), *text])
+    files = ["--calibration", input.calibration] if cell.calibration else []
+    files += ["--released", input.released] if cell.method == "released" else []
+    return shlex.join([*_method_options(cell), *files])
 
 
 def learn_options(wildcards, input):
@@ -285,7 +307,8 @@ def _needs_of(stage, name, attempt):
     """name: the cell, or the model of stages that serve all cells of a model; None for stages without any."""
     gpu = (SITE.gpu or Gpu()) if GPUS else None
     if stage == "prepare":
-        return needs.preparation(_parameters(name) if name else 0, attempt)
+        model = CELLS[name].model if name in CELLS else name
+        return needs.preparation(_parameters(model) if model else 0, attempt)
     if stage == "generate":
         text = EXPERIMENT.training
         tokens = text.samples * text.length * text.generated

@@ -127,3 +127,21 @@ rule prepare_tasks:
         options=shlex.join(task_names()),
     shell:
         "python -m patch prepare tasks {params.options} --output {output} > {log} 2>&1"
+
+
+# Where a published mask lies, after downloading it.
+rule prepare_released:
+    output:
+        f"{RUN}/{{cell}}/released.json",
+    log:
+        f"{LOGS}/{{cell}}/released.log",
+    benchmark:
+        f"{LOGS}/{{cell}}/released.tsv"
+    conda:
+        ENVIRONMENT
+    resources:
+        **cluster_resources("prepare"),
+    params:
+        options=released_options,
+    shell:
+        "python -m patch prepare released {params.options} --output {output} > {log} 2>&1"

@@ -9,6 +9,7 @@ rule prune:
     input:
         model=cell_model,
         calibration=calibration_tokens,
+        released=released_mask,
     output:
         mask=f"{RUN}/{{cell}}/prune/mask.safetensors",
         record=f"{RUN}/{{cell}}/prune/record.json",
