@@ -52,5 +52,4 @@ rule demo:
 
 
 onstart:
-    refuse_unrunnable()
     collect_garbage_again()

@@ -69,17 +69,21 @@ IDENTITY = (
 """The columns that say which cell a row belongs to."""
 STEP_COLUMNS: dict[str, tuple[str, str]] = {
     "step": ("Int64", "optimiser step, from 1"),
-    "loss": ("Float64", "cross_entropy + density_loss - the weighted norm_ratio"),
+    "loss": ("Float64", "cross_entropy + density_loss - the weighted norm_ratio, or + ProxSparse's weighted anchor"),
     "cross_entropy": ("Float64", "nats per predicted token"),
-    "density": ("Float64", "share of the weights that the sampled masks keep"),
-    "density_loss": ("Float64", "weighted distance of the density from its target"),
+    "density": ("Float64", "share of the weights that the sampled masks keep, or of trained weights that are not 0"),
+    "two_of_four": ("Float64", "share of the groups of 4 with at most two weights that are not 0; ProxSparse's"),
+    "density_loss": (
+        "Float64",
+        "weighted distance of the density from its target; where weights train, missing to tile_scale",
+    ),
     "norm_ratio": ("Float64", "norm of what the masks keep, in the form that the method's norm_form names"),
     "pattern_temperature": ("Float64", "of the 2:4 logits; missing, as the next, where none are learned"),
     "pattern_scale": ("Float64", "of the 2:4 logits"),
     "tile_temperature": ("Float64", "of the tile logits; missing, as the next, where none are learned"),
     "tile_scale": ("Float64", "of the tile logits"),
     "learning_rate": ("Float64", "of the step"),
-    "gradient_norm": ("Float64", "of all logits together, before clipping"),
+    "gradient_norm": ("Float64", "of all that is trained together, before clipping"),
     "tokens_per_second": ("Float64", "over all GPUs"),
     "wall_s": ("Float64", "seconds that the step took"),
 }
@@ -168,13 +172,12 @@ def _cell_rows(cell: Cell, run: Path) -> list[dict[str, Any]]:
     try:
         records = [_record(cell, run, stage) for stage in cell.stages]
     except PatchError as error:
-        reason = str(error) if cell.runs else f"{METHODS[cell.method].title} cannot be run by this version"
-        return [{**_identity(cell), "status": "missing", "reason": reason}]
+        return [{**_identity(cell), "status": "missing", "reason": str(error)}]
     return [row for record in records for row in _record_rows(cell, record, _realised(records))]
 
 
 def _cell_curves(cell: Cell, path: Path) -> pd.DataFrame:
-    table = pd.read_parquet(path, columns=list(STEP_COLUMNS))
+    table = pd.read_parquet(path).reindex(columns=list(STEP_COLUMNS))
     # Schedules of logits that the method does not have say nothing.
     schedules = [name for name in STEP_COLUMNS if name.startswith(("pattern_", "tile_"))]
     table[[name for name in schedules if name not in cell.options]] = float("nan")

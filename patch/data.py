@@ -7,6 +7,8 @@ Documented sampling, one per purpose (sources: WANDA `lib/data.py`, SLIM `slim/d
 * "packed": concatenate documents and cut into blocks of `length`. With a seed the blocks are shuffled and
   the first `samples` kept (calibration from little text); without, they stay in order (training: packed
   within batches of 1000 documents, the tail of each batch dropped).
+* "documents" (ProxSparse): one per sequence, cut after `length` tokens and padded up to there, in the order in which
+  amazon-science/ProxSparse draws them (with seed 42, the same ones).
 * "joined" (perplexity): join all documents with a blank line, tokenise once, cut into blocks in order and
   drop the remainder, so only the first block holds a BOS token.
 * "generated" (training where there is no other text): what the dense model itself writes, `generate_tokens`.
@@ -19,12 +21,14 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,6 +43,8 @@ SCHEMA = "patch.tokens/1"
 SELF = "self"
 """The source of text that the dense model writes."""
 PACKING_BATCH = 1000
+PADDING = -1
+"""In the place of a token id after the end of a document."""
 log = logging.getLogger(__name__)
 
 
@@ -75,7 +81,7 @@ class TokenSet:
     """Token ids with the story of how they came about."""
 
     ids: Tensor
-    """int32 [sequences, length]"""
+    """int32 [sequences, length]; PADDING after the end of documents that are shorter."""
     protocol: dict[str, Any]
     """source, revision, split, sampling, length, samples, complete (all that the text holds), seed, tokenizer
     (checksum), bos; of generated text source, sampling, length, samples, seed, batch_size, model (checksum), dtype,
@@ -123,7 +129,7 @@ def make_tokens(
     samples: None for all that the text holds (not for "windows"). split: "train", or "test" for perplexity.
     Raises PatchError when the source cannot be read or holds too little text.
     """
-    samplers = {"windows": _windows, "packed": _packed, "joined": _joined}
+    samplers = {"windows": _windows, "packed": _packed, "documents": _documents, "joined": _joined}
     if sampling not in samplers:
         raise PatchError(f"sampling {sampling!r}: choose one of {', '.join(samplers)}.")
     split = split or ("test" if sampling == "joined" else "train")
@@ -287,6 +293,22 @@ def _packed(
         ids[count] = block
         count += 1
     return ids[:count]
+
+
+def _documents(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int, samples: int | None, seed: int | None
+) -> Tensor:
+    # The reference: datasets' `train_test_split(test_size=0.95, seed=42)`, of whose training part it takes the first.
+    order = np.random.default_rng(seed).permutation(len(documents))
+    order = np.roll(order, -math.ceil(0.95 * len(documents)))
+    rows: list[Tensor] = []
+    for index in order:
+        ids = tokenizer(documents[int(index)]).input_ids[:length]
+        if len(ids) > 1:  # of one token there is nothing to predict
+            rows.append(torch.tensor(ids + [PADDING] * (length - len(ids)), dtype=torch.int32))
+        if len(rows) == samples:
+            break
+    return torch.stack(rows) if rows else torch.empty(0, length, dtype=torch.int32)
 
 
 def _blocks(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int) -> Iterator[Tensor]:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from patch.artefacts import PatchError, checksum_json
 from patch.compression.options import Compression
 from patch.config_errors import Layers, explain, nearest, origin
-from patch.methods import METHODS, Learned, Method, MethodName
+from patch.methods import METHODS, Method, MethodName, Trained
 from patch.provenance import code_hash
 from patch.sparsity.patterns import Pattern
 
@@ -68,7 +68,8 @@ class Calibration(Closed):
 
 
 class Training(Closed):
-    """Text that masks are learned on: packed, read in blocks. Defaults: 2.1 B tokens of SlimPajama, as in PATCH."""
+    """Text that masks are learned on, and pruned models fine-tuned: packed, read in blocks. Defaults: 2.1 B tokens of
+    SlimPajama, as in PATCH."""
 
     source: str = "slimpajama"
     """As in calibration, or "self" for text that the dense model itself writes, where there is no other."""
@@ -88,6 +89,21 @@ class Training(Closed):
     def generated(self) -> bool:
         """Whether the dense model writes the text, which computes, where other text is only tokenised."""
         return self.source == "self"
+
+
+class Documents(Closed):
+    """Text that ProxSparse trains on, a document per sequence. Defaults: the 400 documents of C4 of its authors."""
+
+    source: str = "c4"
+    """As in calibration."""
+    samples: int = Field(400, gt=0)
+    """Number of documents."""
+    length: int = Field(4096, gt=1)
+    """Tokens after which a document is cut."""
+    seed: int = 42
+    """Of the draw, which the seeds of the grid do not change."""
+    epochs: int = Field(1, gt=0)
+    """How often the text may be read; a run that needs more is an error."""
 
 
 class PerplexityText(Closed):
@@ -199,7 +215,9 @@ class Experiment(Closed):
     calibration: Calibration = Calibration()
     """Text that one-shot methods look at."""
     training: Training = Training()
-    """Text that masks are learned on."""
+    """Text that masks are learned on, and pruned models fine-tuned."""
+    documents: Documents = Documents()
+    """Text that ProxSparse trains on."""
     evaluation: Evaluation = Evaluation()
     """Texts and tasks that every cell is measured on."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -258,8 +276,7 @@ class Experiment(Closed):
             raise PatchError(
                 f"experiment {self.name}: {method}, variant {variant}, model {model}: {error.errors()[0]['msg']}."
             ) from None
-        if isinstance(chosen, Learned):
-            self._check_training(method, chosen)
+        training = self._training(method, chosen) if isinstance(chosen, Trained) else None
         return Cell(
             run=self.name,
             model=model,
@@ -271,9 +288,10 @@ class Experiment(Closed):
             variant=variant,
             seed=seed,
             calibration=self.calibration if chosen.uses_calibration else None,
-            training=self.training if chosen.learned else None,
+            training=training,
             prerequisites={
-                role: self._cell(model, *other, seed=seed) for role, other in _prerequisites(chosen, sparsity).items()
+                role: self._prerequisite(model, *other, seed=seed)
+                for role, other in _prerequisites(chosen, pattern, sparsity).items()
             },
             evaluation=self.evaluation,
         )
@@ -287,13 +305,21 @@ class Experiment(Closed):
             update={"compression": name, "compression_options": options, "compression_calibration": calibration}
         )
 
-    def _check_training(self, name: str, method: Learned) -> None:
-        needed, there = method.steps * method.batch_size, self.training.samples * self.training.epochs
+    def _prerequisite(self, model: str, method: MethodName, pattern: str, sparsity: float, seed: int) -> Cell:
+        _check_pattern(self, method, Pattern.parse(pattern))
+        return self._cell(model, method, pattern, sparsity, seed=seed)
+
+    def _training(self, name: str, method: Trained) -> Training | Documents:
+        """The text that the method trains on."""
+        text: Training | Documents = getattr(self, method.text)
+        needed, there = method.steps * method.batch_size, text.samples * text.epochs
         if needed > there:
             raise PatchError(
                 f"experiment {self.name}: {name} reads {needed} sequences (steps x batch_size), the training text has "
-                f"{there} (samples x epochs); lower its `steps`, or raise `training.samples` or `training.epochs`."
+                f"{there} (samples x epochs); lower its `steps`, or raise `{method.text}.samples` or "
+                f"`{method.text}.epochs`."
             )
+        return text
 
 
 class Cell(Closed):
@@ -311,11 +337,12 @@ class Cell(Closed):
     seed: int
     calibration: Calibration | None
     """None for methods that look at no text, and for learned ones."""
-    training: Training | None
-    """None for all but learned methods."""
+    training: Training | Documents | None
+    """None for all but methods that train."""
     prerequisites: dict[str, Cell]
-    """The cells whose masks learning starts from, by role: "pattern", a 2:4 mask, and "reference", an unstructured one
-    of the same sparsity. They are as the grid would hold them: same seed, the experiment's options, no variant."""
+    """The cells whose masks learning starts from, by role: "pattern", a 2:4 mask; "reference", an unstructured one
+    of the same sparsity; "start", one of the same pattern and sparsity whose weights are trained further. They are as
+    the grid would hold them: same seed, the experiment's options, no variant."""
     evaluation: Evaluation
     compression: str = UNCOMPRESSED
     """Its name."""
@@ -337,11 +364,6 @@ class Cell(Closed):
         if self.seed != 0:
             parts.append(f"seed-{self.seed}")
         return "/".join(parts)
-
-    @property
-    def runs(self) -> bool:
-        """False for methods that this version lists but cannot run."""
-        return METHODS[self.method].runs
 
     @property
     def mask_stage(self) -> Literal["prune", "learn"] | None:
@@ -427,15 +449,14 @@ class Grid:
         return [cell for path, cell in needed.items() if path not in measured]
 
     def summary(self) -> str:
-        """Counts per model and method, what cannot run yet, prerequisites, exclusions with their reasons; as text."""
+        """Counts per model and method, prerequisites, exclusions with their reasons; as text."""
         models = list(dict.fromkeys(cell.model for cell in self.cells))
         methods = list(dict.fromkeys(cell.method for cell in self.cells))
         lines = [f"{_count(self.cells, 'cell')} of {_count(models, 'model')} and {_count(methods, 'method')}"]
         for method in methods:
             of_method = [cell for cell in self.cells if cell.method == method]
             levels = list(dict.fromkeys(cell.path.split("/")[2] for cell in of_method if cell.method != "dense"))
-            note = "" if of_method[0].runs else "   (listed, not yet runnable)"
-            lines.append(f"  {METHODS[method].title:12} {len(of_method):4}  {', '.join(levels)}{note}".rstrip())
+            lines.append(f"  {METHODS[method].title:12} {len(of_method):4}  {', '.join(levels)}".rstrip())
         if self.prerequisites:
             lines.append(f"  only for their masks: {', '.join(cell.path for cell in self.prerequisites)}")
         reasons: dict[str, list[str]] = {}
@@ -480,8 +501,8 @@ def options_markdown() -> str:
     """Every key of a config with its default and meaning, and every method's options, as Markdown."""
     lines = ["# Config keys", "", "Generated from `patch/experiments.py` and `patch/methods.py`; do not edit.", ""]
     sections: list[type[BaseModel]] = [
-        Experiment, ModelSource, GridBlock, Selection, Exclusion, Calibration, Training, Evaluation, PerplexityText,
-        Tasks, Compression,
+        Experiment, ModelSource, GridBlock, Selection, Exclusion, Calibration, Training, Documents, Evaluation,
+        PerplexityText, Tasks, Compression,
     ]  # fmt: skip
     for model in sections:
         lines += [f"## {model.__name__}", "", _first_sentence(model), "", *_options_table(model)]
@@ -502,11 +523,7 @@ def _block_product(experiment: Experiment, block: GridBlock) -> Iterator[tuple[M
                 continue
             for pattern in ["dense"] if method == "dense" else block.patterns:
                 parsed = Pattern.parse(pattern)
-                if not {parsed.kind, str(parsed)} & set(METHODS[method].patterns):
-                    raise PatchError(
-                        f"experiment {experiment.name}: method {method} cannot make the pattern {pattern!r}; "
-                        f"it makes {', '.join(METHODS[method].patterns)}."
-                    )
+                _check_pattern(experiment, method, parsed)
                 fixed = parsed.fixed_sparsity
                 sparsities = block.sparsities if fixed is None else (100 * fixed,)
                 if not sparsities:
@@ -516,12 +533,22 @@ def _block_product(experiment: Experiment, block: GridBlock) -> Iterator[tuple[M
                     yield method, pattern, sparsity, variant
 
 
-def _prerequisites(method: Method, sparsity: float) -> dict[str, tuple[MethodName, str, float]]:
+def _check_pattern(experiment: Experiment, method: MethodName, pattern: Pattern) -> None:
+    if not {pattern.kind, str(pattern)} & set(METHODS[method].patterns):
+        raise PatchError(
+            f"experiment {experiment.name}: method {method} cannot make the pattern '{pattern}'; "
+            f"it makes {', '.join(METHODS[method].patterns)}."
+        )
+
+
+def _prerequisites(method: Method, pattern: str, sparsity: float) -> dict[str, tuple[MethodName, str, float]]:
     """Method, pattern and sparsity in percent of the cells whose masks `method` starts from, by role.
 
     A prior of strength 0 needs none.
     """
     options, found = method.model_dump(), {}
+    if "start" in options:
+        found["start"] = (options["start"], pattern, sparsity)
     if "frozen" in options:
         found["pattern"] = (options["frozen"], "2:4", 50.0)
     elif options.get("pattern_prior_strength"):

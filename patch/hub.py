@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 from patch.artefacts import PatchError
 
@@ -28,12 +29,27 @@ def hub_access(what: str) -> Iterator[None]:
         raise PatchError(f"{what}: {reason}.") from error
 
 
+def download(repository: str, file: str, revision: str | None) -> tuple[Path, str]:
+    """A file of a repository on the hub, from the local cache where it is there: its path and its commit.
+
+    Raises PatchError with the way out when it cannot be had.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with hub_access(f"{repository}, file {file}"):
+        path = Path(hf_hub_download(repository, file, revision=revision))
+    # .../snapshots/COMMIT/FILE, and a file may lie in folders
+    return path, path.parts[path.parts.index("snapshots") + 1]
+
+
 def _explain(error: BaseException) -> str | None:
     chain = list(_chain(error))
     names = {cls.__name__ for link in chain for cls in type(link).__mro__}
     text = " ".join(str(link) for link in chain)
     if "GatedRepoError" in names or "gated repo" in text or "gated dataset" in text:
         return f"access is restricted; accept its licence on the hub, then {_TOKEN}"
+    if "EntryNotFoundError" in names and "LocalEntryNotFoundError" not in names:
+        return "the repository has no such file; correct its name"
     if "RevisionNotFoundError" in names:
         return "the hub has it, but not this revision; correct `revision`"
     if names & {"RepositoryNotFoundError", "DatasetNotFoundError"} or "is not a valid model identifier" in text:

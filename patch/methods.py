@@ -1,4 +1,4 @@
-"""Every method of the paper: its hyper-parameters with their sources, and which of them run today.
+"""Every method of the paper and its controls: hyper-parameters with their sources.
 
 Light on purpose (no torch): the grid, the workflow and the pruning code all read it.
 Source tags: WANDA = locuslab/wanda, SGPT = IST-DASLab/sparsegpt, THAN = vectozavr/thanos,
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from patch.artefacts import PatchError
 
@@ -27,9 +27,7 @@ class Method(BaseModel):
     """What it can produce: kinds of pattern ("n:m", "unstructured", "tiles") or a pattern itself ("2:4")."""
     uses_calibration: ClassVar[bool] = True
     learned: ClassVar[bool] = False
-    """True for methods that learn their mask by gradient descent: stage `learn` instead of `prune`."""
-    runs: ClassVar[bool] = False
-    """False for methods of the paper that this version lists but cannot run."""
+    """True for methods that train by gradient descent: stage `learn` instead of `prune`."""
 
 
 class Dense(Method):
@@ -38,17 +36,23 @@ class Dense(Method):
     title = "Dense"
     patterns = ("dense",)
     uses_calibration = False
-    runs = True
 
 
 class OneShotMethod(Method):
     """What every one-shot method shares."""
 
-    runs = True
-
     layers: Literal["all", "mlp"] = "all"
     """mlp: leave attention dense. At 2:4 that prunes 33 % (LLaMA-2-7B) to 44 % (Qwen2.5-0.5B) of the weights that could
     be, which is the range of PATCH: a control that its paper lacks."""
+
+
+class CalibratedMethod(OneShotMethod):
+    """What one-shot methods that look at layer inputs share."""
+
+    calibration_inputs: Literal["pruned", "dense"] = "pruned"
+    """Whose activations a layer is judged by: those behind the pruned blocks before it, as in the papers, or those of
+    the dense model, which are the same for all methods and sparsities: `prune` with several of them then needs one
+    forward pass for all. Weight updates cannot make up for the error of earlier blocks then."""
 
 
 class Random(OneShotMethod):
@@ -67,7 +71,7 @@ class Magnitude(OneShotMethod):
     uses_calibration = False
 
 
-class Wanda(OneShotMethod):
+class Wanda(CalibratedMethod):
     """Drop the smallest |w| * ||x||: per group of M, or per output row when unstructured (arXiv 2306.11695)."""
 
     title = "Wanda"
@@ -78,7 +82,7 @@ class Wanda(OneShotMethod):
     their order by magnitude (SLIM `shift_zeros`; off in the paper)."""
 
 
-class SparseGPT(OneShotMethod):
+class SparseGPT(CalibratedMethod):
     """Optimal-brain-surgeon pruning column by column, with weight updates (arXiv 2301.00774)."""
 
     title = "SparseGPT"
@@ -90,7 +94,7 @@ class SparseGPT(OneShotMethod):
     """Share of the mean Hessian diagonal that is added to the diagonal (SGPT default 0.01)."""
 
 
-class Thanos(OneShotMethod):
+class Thanos(CalibratedMethod):
     """Wanda's scores with least-squares updates of whole rows, block by block (arXiv 2504.05346)."""
 
     title = "Thanos"
@@ -106,19 +110,13 @@ class Thanos(OneShotMethod):
     `perc_outliers`: its slice ends one row early. It sees the last calibration sequence only. 2:4 only."""
 
 
-class ProxSparse(Method):
-    """Proximal training towards 2:4, masks applied to the original weights. Listed, not yet runnable."""
-
-    title = "ProxSparse"
-    patterns = ("2:4",)
-
-
-class Learned(Method):
-    """What every mask-learning method shares: optimisation, schedules, precision (PATCH section 6.7, table 6.1)."""
+class Trained(Method):
+    """What every method shares that trains by gradient descent. Defaults: mask learning's (PATCH section 6.7)."""
 
     learned = True
-    runs = True
     uses_calibration = False
+    text: ClassVar[Literal["training", "documents"]] = "training"
+    """Which text of the experiment it trains on."""
 
     steps: int = Field(2000, gt=0)
     """Optimiser steps."""
@@ -127,28 +125,52 @@ class Learned(Method):
     micro_batch_size: int = Field(1, gt=0)
     """Sequences per forward pass of one GPU."""
     learning_rate: float = Field(1e-3, gt=0)
-    """Peak of the cosine schedule, which ends at 0."""
+    """Peak of the schedule, which ends at 0."""
     warmup_steps: int = Field(5, ge=0)
     """Steps of linear warm-up."""
+    decay: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls to 0 after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Adam's decay rates."""
     epsilon: float = Field(1e-8, gt=0)
     """Adam's; a larger one keeps logits with little gradient where they are, which very short runs need."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled decay of the logits."""
+    """Decoupled decay of what is trained."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients of all logits together are scaled down to this norm."""
+    """All gradients together are scaled down to this norm."""
     optimizer: Literal["adamw_torch", "adamw_fused", "adamw_8bit", "adamw_apex"] = "adamw_torch"
     """adamw_torch: PyTorch's. adamw_fused: our one-pass kernel, states in float32. adamw_8bit: the same with states in
     8 bits. adamw_apex: NVIDIA apex, where it is installed."""
-    logits_dtype: Literal["float32", "bfloat16", "bfloat16_nearest"] = "float32"
-    """bfloat16: rounded stochastically, for models whose float32 logits do not fit (needs adamw_fused or
-    adamw_8bit). bfloat16_nearest: the official code's, in which steps below half a unit in the last place are lost."""
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision in which gradients of the 2:4 logits are accumulated over micro-batches."""
+    """Precision in which gradients are accumulated over micro-batches."""
     checkpointing: Literal["off", "activations", "all"] = "activations"
     """What the backward pass computes again instead of keeping it: nothing, each block's activations, or its
     effective weights too, which saves two bytes per weight and costs another drawing of the masks."""
+    checkpoint_every: int = Field(50, gt=0)
+    """Steps between saved states; an interrupted job goes on from the last one."""
+
+    @field_validator("checkpointing", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        """YAML reads `off` as false."""
+        return "off" if value is False else value
+
+    @property
+    def fused(self) -> bool:
+        """Whether the optimiser is our kernel: other precisions of gradients, and stochastic rounding."""
+        return self.optimizer in ("adamw_fused", "adamw_8bit")
+
+    def moment_bytes(self, element: int) -> int:
+        """Of both moments of the optimiser, for a parameter of `element` bytes."""
+        return {"adamw_torch": 2 * element, "adamw_fused": 8, "adamw_8bit": 2, "adamw_apex": 8}[self.optimizer]
+
+
+class Learned(Trained):
+    """What every method shares that learns masks on frozen weights (PATCH section 6.7, table 6.1)."""
+
+    logits_dtype: Literal["float32", "bfloat16", "bfloat16_nearest"] = "float32"
+    """bfloat16: rounded stochastically, for models whose float32 logits do not fit (needs adamw_fused or
+    adamw_8bit). bfloat16_nearest: the official code's, in which steps below half a unit in the last place are lost."""
     noise: Literal["micro_batch", "step"] = "micro_batch"
     """How often Gumbel noise is drawn: for every micro-batch, as in the paper, or once per optimiser step,
     which makes masks nearly free but averages over less noise."""
@@ -161,16 +183,13 @@ class Learned(Method):
     paper's formula). sum, squared_sum: without the denominator (official MaskLLM mode; MaskLLM itself)."""
     norm_decay: bool = True
     """Let that term fade linearly to 0 over the steps, as the official code does."""
-    checkpoint_every: int = Field(50, gt=0)
-    """Steps between saved states; an interrupted job goes on from the last one."""
 
     @model_validator(mode="after")
     def _precisions_fit(self) -> Self:
         """PyTorch's and apex's optimisers need gradients in the logits' own type and cannot round stochastically."""
-        fused = self.optimizer in ("adamw_fused", "adamw_8bit")
-        if self.logits_dtype == "bfloat16" and not fused:
+        if self.logits_dtype == "bfloat16" and not self.fused:
             raise ValueError("logits_dtype bfloat16 needs optimizer adamw_fused or adamw_8bit")
-        if (self.logits_dtype == "float32") != (self.gradient_dtype == "float32") and not fused:
+        if (self.logits_dtype == "float32") != (self.gradient_dtype == "float32") and not self.fused:
             raise ValueError("logits_dtype and gradient_dtype differ; that needs optimizer adamw_fused or adamw_8bit")
         return self
 
@@ -179,8 +198,7 @@ class Learned(Method):
         """Of a logit, of its gradient, and of both moments of its optimiser."""
         logit = 4 if self.logits_dtype == "float32" else 2
         gradient = 4 if self.gradient_dtype == "float32" else 2
-        moments = {"adamw_torch": 2 * logit, "adamw_fused": 8, "adamw_8bit": 2, "adamw_apex": 8}
-        return logit, gradient, moments[self.optimizer]
+        return logit, gradient, self.moment_bytes(logit)
 
 
 class LearnedPatterns(Learned):
@@ -269,6 +287,107 @@ class PatchTile(LearnedTiles):
     """Method whose 2:4 mask is frozen under the tiles (its weight updates are not used)."""
 
 
+class TrainedWeights(Trained):
+    """What every method shares that trains the model's weights themselves."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    decay: Literal["cosine", "linear"] = "linear"
+    """How the learning rate falls to 0 after the warm-up."""
+    rounding: Literal["none", "stochastic", "nearest"] = "none"
+    """How the weights of a bfloat16 model take small steps. none: the optimiser works on a float32 copy of them.
+    stochastic: no copy; rounded up or down at random, right on average (needs adamw_fused or adamw_8bit). nearest: no
+    copy; steps below half a unit in the last place are lost. A float32 model has nothing to round."""
+    checkpointing: Literal["off", "activations"] = "activations"
+    """What the backward pass computes again instead of keeping it: nothing, or each block's activations."""
+
+    @model_validator(mode="after")
+    def _rounds(self) -> Self:
+        if self.rounding == "stochastic" and not self.fused:
+            raise ValueError("rounding stochastic needs optimizer adamw_fused or adamw_8bit")
+        return self
+
+    def weight_bytes(self, element: int) -> tuple[int, int, int]:
+        """Beside a trained weight of `element` bytes: of its float32 copy, of its gradients (the model's, and those in
+        float32 where they are summed or the optimiser wants them so), and of the optimiser's moments."""
+        copy = 4 if self.rounding == "none" and element < 4 else 0
+        summed = self.batch_size > self.micro_batch_size and self.gradient_dtype == "float32"
+        converted = element < 4 and (summed or (copy > 0 and not self.fused))
+        return copy, element + (4 if converted else 0), self.moment_bytes(copy or element)
+
+
+class ProxSparse(TrainedWeights):
+    """Train all weights while a proximal operator pulls the linear ones towards 2:4; of every 4 the 2 that end largest
+    are kept, with their original values (arXiv 2502.00258). Defaults: amazon-science/ProxSparse, and of its settings
+    per model that of LLaMA-3.1-8B, which PATCH's authors took for small models, too."""
+
+    title = "ProxSparse"
+    patterns = ("2:4",)
+    text = "documents"
+
+    steps: int = Field(400, gt=0)
+    """Optimiser steps; the reference reads 400 documents once."""
+    batch_size: int = Field(1, gt=0)
+    """Documents per optimiser step, over all GPUs."""
+    learning_rate: float = Field(5e-5, gt=0)
+    """Peak of the schedule, which ends at 0 (LLaMA-2: 1e-4)."""
+    warmup_steps: int = Field(40, ge=0)
+    """Steps of linear warm-up, a tenth of all."""
+    rounding: Literal["none", "stochastic", "nearest"] = "nearest"
+    """As in the reference, whose proximal_weight is tuned with it; the others are explained under fine_tune."""
+    checkpoint_every: int = Field(100, gt=0)
+    """Steps between saved states, which hold all weights and the optimiser's moments."""
+    proximal_weight: float = Field(0.85, ge=0)
+    """Lambda of the proximal operator, which follows every step; it is not multiplied by the learning rate. LLaMA-2-7B:
+    0.25, LLaMA-2-13B: 0.5, Qwen2.5-14B: 0.2, Mistral-7B: 20 or 25."""
+    anchor_weight: float = Field(0.0, ge=0)
+    """Weight of a term that holds kept weights near their original values (the reference's lambda 2, off there too)."""
+    anchor_epsilon: float = Field(0.1, gt=0)
+    """Added to the original magnitudes that this term divides by."""
+
+
+class FineTune(TrainedWeights):
+    """Sparse fine-tuning of a pruned model: the kept weights train, the others stay 0. A control of equal compute that
+    the paper lacks: the defaults read as many tokens as mask learning. Optimiser as in SLIM `slim/fine_tune.py`."""
+
+    title = "Fine-tuned"
+    patterns = ("n:m", "unstructured", "tiles")
+
+    learning_rate: float = Field(1e-5, gt=0)
+    """Peak of the schedule, which ends at 0."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled decay of the weights."""
+    start: OneShot | Literal["random", "thanos", "proxsparse", "maskllm", "patch_joint", "patch_tile"] = "sparsegpt"
+    """Method whose mask, of the same pattern and sparsity, is kept, and whose weights are trained further."""
+
+
+class Released(Method):
+    """A mask that others have published in the format of the official release, on the model's own weights: nothing is
+    pruned or trained, and everything is checked. Defaults: the masks of PATCH's authors."""
+
+    title = "Released mask"
+    patterns = ("2:4", "tiles")
+    uses_calibration = False
+
+    source: str = "mohammad-mozaffari/{name}-{recipe}-{sparsity}Sparse"
+    """Repository on the hub, a directory or a file; {name}, {recipe} and {sparsity} (in percent) are filled in."""
+    name: str = ""
+    """What the source calls the model, such as qwen2.5_0.5b."""
+    recipe: str = "PATCH"
+    """What it calls the method: PATCH or MaskLLM."""
+    file: str = "mask.npz"
+    """Name of the file there."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub; None for its newest."""
+
+    def location(self, sparsity: float) -> str:
+        """The source for a sparsity in percent. Raises PatchError where the model's name is wanted but not given."""
+        if "{name}" in self.source and not self.name:
+            raise PatchError(f"method 'released', source {self.source}: set its option `name`, the model's name there.")
+        filled = self.source.replace("{name}", self.name).replace("{recipe}", self.recipe)
+        return filled.replace("{sparsity}", f"{sparsity:g}")
+
+
 METHODS: dict[str, type[Method]] = {
     "dense": Dense,
     "random": Random,
@@ -280,6 +399,8 @@ METHODS: dict[str, type[Method]] = {
     "maskllm": MaskLLM,
     "patch_joint": PatchJoint,
     "patch_tile": PatchTile,
+    "fine_tune": FineTune,
+    "released": Released,
 }
 MethodName = Literal[
     "dense",
@@ -292,21 +413,18 @@ MethodName = Literal[
     "maskllm",
     "patch_joint",
     "patch_tile",
+    "fine_tune",
+    "released",
 ]
 
 
 def make_method(name: str, options: dict[str, Any]) -> Method:
     """The method `name` with its hyper-parameters.
 
-    Raises PatchError for an unknown method, one that this version cannot run, and for wrong options.
+    Raises PatchError for an unknown method and for wrong options.
     """
     if name not in METHODS:
-        raise PatchError(f"method {name!r}: unknown; choose one of {', '.join(runnable_methods())}.")
-    if not METHODS[name].runs:
-        raise PatchError(
-            f"method {name!r}: part of the paper's grid, but this version cannot run it yet; "
-            f"it runs {', '.join(runnable_methods())}."
-        )
+        raise PatchError(f"method {name!r}: unknown; choose one of {', '.join(METHODS)}.")
     try:
         return METHODS[name](**options)
     except ValidationError as error:
@@ -314,7 +432,3 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
         key = ".".join(str(part) for part in problem["loc"]) or "several"
         known = ", ".join(METHODS[name].model_fields) or "none"
         raise PatchError(f"method {name!r}, option {key!r}: {problem['msg']}; its options are: {known}.") from None
-
-
-def runnable_methods() -> list[str]:
-    return [name for name, method in METHODS.items() if method.runs]

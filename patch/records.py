@@ -54,7 +54,8 @@ class Record:
     """Checksums of what was written."""
     provenance: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
-    """wall_s, gpu_s, peak_memory_gib (host), peak_gpu_memory_gib."""
+    """wall_s, gpu_s, peak_memory_gib (host), peak_gpu_memory_gib; masks where several were made together, of which the
+    others are then the cost."""
     date: str = ""
     """End of the stage, UTC, ISO 8601."""
 
@@ -81,21 +82,41 @@ class Record:
             raise PatchError(f"{path}: not a complete record ({error}); run its stage again.") from None
 
 
-@contextlib.contextmanager
-def recording(stage: str, key: str, arguments: dict[str, Any], directory: Path | str) -> Iterator[Record]:
-    """Time the block, then write the record that it filled in. Nothing is written if the block fails."""
-    import torch
+class Clock:
+    """Time and memory from when it is made; masks: how many are made meanwhile."""
 
-    started = time.perf_counter()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    def __init__(self, masks: int = 1):
+        import torch
+
+        self.masks = masks
+        self.started = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def cost(self) -> dict[str, float]:
+        """Of everything until now, as in `Record.cost`."""
+        import torch
+
+        wall = round(time.perf_counter() - self.started, 3)
+        cost = {"wall_s": wall, "peak_memory_gib": round(_peak_memory_gib(), 3)}
+        if torch.cuda.is_available():
+            cost["gpu_s"] = wall
+            cost["peak_gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        return cost | ({"masks": self.masks} if self.masks > 1 else {})
+
+
+@contextlib.contextmanager
+def recording(
+    stage: str, key: str, arguments: dict[str, Any], directory: Path | str, clock: Clock | None = None
+) -> Iterator[Record]:
+    """Time the block, then write the record that it filled in. Nothing is written if the block fails.
+
+    clock: one that started earlier, where the block is only the end of the work.
+    """
+    clock = clock or Clock()
     record = Record(stage=stage, key=key, arguments=arguments)
     yield record
-    wall = time.perf_counter() - started
-    record.cost = {"wall_s": round(wall, 3), "peak_memory_gib": round(_peak_memory_gib(), 3)}
-    if torch.cuda.is_available():
-        record.cost["gpu_s"] = record.cost["wall_s"]
-        record.cost["peak_gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    record.cost = clock.cost()
     record.provenance = provenance()
     record.date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record.write(directory)

@@ -89,18 +89,49 @@ def test_sparsegpt_options_reach_the_method(model_directory: Path, text_file: Pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "record.json").read_text())
-    assert record["arguments"]["options"] == {"layers": "all", "damping": 0.1, "block_size": 32}
+    assert record["arguments"]["options"] == {
+        "layers": "all", "calibration_inputs": "pruned", "damping": 0.1, "block_size": 32
+    }  # fmt: skip
     assert MaskSet.load(tmp_path / "out" / "mask.safetensors").sparsity == pytest.approx(0.3, abs=0.002)
+
+
+def test_several_masks_in_one_pass_have_a_folder_and_a_record_each(
+    model_directory: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """A pattern that fits no layer fails alone, and the command tells of it at the end."""
+    out = tmp_path / "out"
+    calibration = ("--calibration", text_file, "--sampling", "packed", "--samples", 4, "--length", 16)
+    done = patch_llm(
+        "prune", "--model", model_directory, "--method", "wanda", "--method", "thanos", "--pattern", "2:4",
+        "--pattern", "unstructured", "--pattern", "3:5", "--sparsity", 45, "--sparsity", 30,
+        "--set", "calibration_inputs=dense", "--set", "thanos.block_size=32", *calibration, "--output", out,
+    )  # fmt: skip
+    assert "2 of 8 masks were not made: wanda/40-3of5: layer" in error_line(done)
+    made = {str(path.parent.relative_to(out)) for path in out.rglob("record.json")}
+    assert made == {
+        f"{method}/{level}"
+        for method in ("wanda", "thanos")
+        for level in ("50-2of4", "45-unstructured", "30-unstructured")
+    }
+    assert not list(out.rglob(".lock"))
+    for path in made:
+        record, masks = (
+            json.loads((out / path / "record.json").read_text()),
+            MaskSet.load(out / path / "mask.safetensors"),
+        )
+        assert path == f"{record['arguments']['method']}/{record['arguments']['sparsity']:g}-{path.split('-')[1]}"
+        assert masks.sparsity == pytest.approx(record["arguments"]["sparsity"] / 100, abs=0.02)
+        assert record["arguments"]["options"].get("block_size") == (32 if path.startswith("thanos") else None)
+        assert record["cost"]["masks"] == 8
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--method", "wanda", "--method", "magnitude", "--key", "k"], "--key k: is that of one mask; 2 are asked for"),
+        (["--method", "wanda", "--set", "thanos.damping=1"], "--set thanos.damping: the methods asked for are wanda"),
         (["--method", "wnda"], "method 'wnda': unknown; choose one of"),
-        (
-            ["--method", "proxsparse"],
-            "method 'proxsparse': part of the paper's grid, but this version cannot run it yet",
-        ),
+        (["--method", "proxsparse"], "method ProxSparse: does not prune in one shot; use `patch-llm learn`"),
         (["--method", "sparsegpt", "--set", "dampin=1"], "option 'dampin'"),
         (["--method", "magnitude", "--pattern", "2-4"], "pattern '2-4': not one of"),
         (["--method", "magnitude", "--pattern", "3:5"], "64 inputs do not split into 5s"),
@@ -193,3 +224,37 @@ def test_asking_for_a_missing_gpu_is_one_line(model_directory: Path, tmp_path: P
         "prune", "--model", model_directory, "--method", "magnitude", "--device", "cuda", "--output", tmp_path / "out"
     )
     assert "--device cuda: PyTorch sees no GPU here" in error_line(done)
+
+
+def test_inspect_tells_what_a_mask_prunes_and_draws_it(model_directory: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    patch_llm("prune", "--model", model_directory, "--method", "magnitude", "--pattern", "2:4", "--output", out)
+    done = patch_llm(
+        "inspect", out / "mask.safetensors", "--csv", tmp_path / "layers.csv", "--picture", tmp_path / "t.png"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2:4 in 14 layers" in done.stdout
+    assert "50.000 % (target 50 %)" in done.stdout
+    assert "all    50.0" in done.stdout
+    assert len((tmp_path / "layers.csv").read_text().splitlines()) == 15
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "t.pdf").read_bytes().startswith(b"%PDF")
+    (out / "mask.safetensors").write_bytes((out / "mask.safetensors").read_bytes()[:-40])
+    assert "mask.safetensors: truncated" in error_line(patch_llm("inspect", out / "mask.safetensors"))
+
+
+def test_export_writes_a_checkpoint_with_the_records_numbers(
+    model_directory: Path, text_file: Path, tmp_path: Path
+) -> None:
+    mask, model = tmp_path / "out" / "mask.safetensors", ("--model", model_directory)
+    patch_llm("prune", *model, "--method", "magnitude", "--pattern", "2:4", "--output", mask.parent)
+    text = ("--text", f"mine={text_file}", "--length", 16)
+    patch_llm("evaluate", *model, "--mask", mask, *text, "--output", tmp_path / "evaluate")
+    record = tmp_path / "evaluate" / "record.json"
+    done = patch_llm("export", *model, "--mask", mask, "--output", tmp_path / "exported", "--record", record)
+    assert done.returncode == 0, done.stderr
+    value = json.loads(record.read_text())["metrics"][0]["value"]
+    assert f"| mine, perplexity | {value:.2f} ±" in (tmp_path / "exported" / "README.md").read_text()
+    again = patch_llm("evaluate", "--model", tmp_path / "exported", *text, "--output", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "again" / "record.json").read_text())["metrics"][0]["value"] == value

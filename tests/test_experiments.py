@@ -10,6 +10,8 @@ from patch.artefacts import PatchError
 from patch.experiments import Experiment, load_experiment, options_markdown, schema
 from patch.methods import METHODS
 
+CALIBRATED = {"layers": "all", "calibration_inputs": "pruned"}
+"""Options that methods with calibration share, at their defaults."""
 BASE = {
     "name": "test",
     "models": {"tiny": {"source": "./tiny"}},
@@ -330,8 +332,8 @@ def test_variants_apply_to_the_methods_they_name():
         "tiny/magnitude/50-2of4/seed-2",
         "tiny/wanda/50-2of4/shifted/seed-2",
     ]
-    assert cell("tiny/wanda/50-2of4/shifted/seed-2", **changes).options == {"layers": "all", "shift_zero_metrics": True}
-    assert cell("tiny/wanda/50-2of4/seed-2", **changes).options == {"layers": "all", "shift_zero_metrics": False}
+    assert cell("tiny/wanda/50-2of4/shifted/seed-2", **changes).options == CALIBRATED | {"shift_zero_metrics": True}
+    assert cell("tiny/wanda/50-2of4/seed-2", **changes).options == CALIBRATED | {"shift_zero_metrics": False}
 
 
 def test_a_variant_adds_to_the_options_of_all_cells():
@@ -341,7 +343,7 @@ def test_a_variant_adds_to_the_options_of_all_cells():
         "variants": {"coarse": {"sparsegpt": {"block_size": 256}}},
     }
     assert cell("tiny/sparsegpt/50-2of4/coarse", **changes).options == {
-        "layers": "all",
+        **CALIBRATED,
         "block_size": 256,
         "damping": 0.1,
     }
@@ -406,13 +408,10 @@ def test_the_controls_are_cells_like_others():
     assert cells[0].calibration is None
 
 
-def test_the_summary_counts_and_names_what_cannot_run_yet():
+def test_the_summary_counts_cells_and_methods():
     grid = [{"methods": ["dense", "wanda", "maskllm", "proxsparse"]}]
     summary = experiment(grid=grid).expand().summary()
-    assert summary.startswith("4 cells")
-    marked = [line.split()[0] for line in summary.splitlines() if "listed, not yet runnable" in line]
-    assert marked == ["ProxSparse"]
-    assert [cell.runs for cell in experiment(grid=grid).cells()] == [True, True, True, False]
+    assert summary.startswith("4 cells of 1 model and 4 methods")
 
 
 def test_options_that_contradict_each_other_are_told_and_those_that_other_parts_complete_are_not():
@@ -440,10 +439,10 @@ def test_a_models_own_hyper_parameters_go_over_the_experiments_and_under_the_var
         "grid": [{"methods": ["sparsegpt"], "variants": ["default", "mild"]}],
     }
     assert {cell.path: cell.options for cell in experiment(**changes).cells()} == {
-        "a/sparsegpt/50-2of4": {"layers": "all", "block_size": 64, "damping": 0.2},
-        "a/sparsegpt/50-2of4/mild": {"layers": "all", "block_size": 64, "damping": 0.3},
-        "b/sparsegpt/50-2of4": {"layers": "all", "block_size": 32, "damping": 0.1},
-        "b/sparsegpt/50-2of4/mild": {"layers": "all", "block_size": 32, "damping": 0.3},
+        "a/sparsegpt/50-2of4": CALIBRATED | {"block_size": 64, "damping": 0.2},
+        "a/sparsegpt/50-2of4/mild": CALIBRATED | {"block_size": 64, "damping": 0.3},
+        "b/sparsegpt/50-2of4": CALIBRATED | {"block_size": 32, "damping": 0.1},
+        "b/sparsegpt/50-2of4/mild": CALIBRATED | {"block_size": 32, "damping": 0.3},
     }
 
 

@@ -142,7 +142,7 @@ def test_the_official_switches_choose_the_method(
     ("changes", "message"),
     [
         ({"prune_methods": "wanda"}, "prune_args: unknown key 'prune_methods'"),
-        ({"prune_method": "proxsparse"}, "cannot run it yet"),
+        ({"prune_method": "proxsparse"}, "does not prune in one shot"),
         ({"fine_tune": True}, "fine_tune is not available"),
         ({"sparsity_type": "unstructured"}, "2:4 mask"),
         ({"prune_method": "maskllm"}, "needs maskllm_checkpoint"),

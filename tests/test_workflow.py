@@ -123,16 +123,8 @@ def test_everything_that_needs_a_network_is_one_target(tmp_path: Path) -> None:
     done = snakemake("prepare", "--dry-run", "--configfile", str(config), "--directory", str(tmp_path))
     started = {line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("rule ")}
     assert started - {"prepare"} == {
-        f"prepare_{what}" for what in ("model", "calibration", "training", "text", "tasks")
+        f"prepare_{what}" for what in ("model", "calibration", "training", "documents", "text", "tasks")
     }
-
-
-def test_listed_methods_are_refused_before_anything_runs(tmp_path: Path) -> None:
-    config = ROOT / "workflow" / "config" / "paper.yaml"
-    done = snakemake("--cores", "1", "--configfile", str(config), "--directory", str(tmp_path))
-    assert done.returncode != 0
-    assert "this version cannot run" in done.stderr
-    assert not (tmp_path / "results").exists()
 
 
 def test_typo_in_the_config_names_key_file_and_nearest_key(tmp_path: Path) -> None:
@@ -166,3 +158,21 @@ def test_generated_schema_and_key_list_are_up_to_date() -> None:
     directory = ROOT / "workflow" / "config"
     assert json.loads((directory / "schema.json").read_text()) == schema()
     assert (directory / "options.md").read_text() == options_markdown()
+
+
+def test_published_masks_are_fetched_with_the_models_and_not_trained(tmp_path: Path) -> None:
+    config = ROOT / "workflow" / "config" / "released_masks.yaml"
+    part = "only={models: [llama-2-7b], methods: [released], sparsities: [45]}"
+    shown = ("--dry-run", "-p", "--configfile", str(config), "--directory", str(tmp_path), "--config", part)
+    output = snakemake(*shown).stdout
+    cell = "results/released_masks/llama-2-7b/released/45-tiles128x128"
+    (fetched,) = commands(output, "prepare released")
+    assert (
+        f"--source mohammad-mozaffari/llama_2_7b-PATCH-45Sparse --file mask.npz --output {cell}/released.json"
+        in fetched
+    )
+    (taken,) = commands(output, "prune")
+    assert "--method released --pattern tiles:128x128 --sparsity 45 " in taken
+    assert f"--released {cell}/released.json" in taken
+    assert not commands(output, "learn")
+    assert commands(snakemake("prepare", *shown).stdout, "prepare released") == [fetched]

@@ -42,7 +42,8 @@ def loss_curves(
     seeds: Sequence[int],
     device: torch.device,
 ) -> pd.DataFrame:
-    """One row per contender, seed and WINDOW steps: contender, seed, step (the last), cross_entropy (the mean).
+    """One row per contender, seed and WINDOW steps: contender, ours_logits_dtype, seed, step (the last), cross_entropy
+    (the mean).
 
     The text is read in the order of seed 0 by all; model stays as it was. checkout: of the official code.
     """
@@ -54,7 +55,15 @@ def loss_curves(
         }.items():
             for last in range(WINDOW, method.steps + 1, WINDOW):
                 mean = sum(losses[last - WINDOW : last]) / WINDOW
-                rows.append({"contender": contender, "seed": seed, "step": last, "cross_entropy": round(mean, 5)})
+                rows.append(
+                    {
+                        "contender": contender,
+                        "ours_logits_dtype": method.logits_dtype,
+                        "seed": seed,
+                        "step": last,
+                        "cross_entropy": round(mean, 5),
+                    }
+                )
             log.info("%s, seed %d: cross-entropy %.4f at the end", contender, seed, rows[-1]["cross_entropy"])
     return pd.DataFrame(rows).assign(**stamp())
 

@@ -11,13 +11,14 @@ weights in bfloat16 on one GPU:
 
 from __future__ import annotations
 
-import gc
 import itertools
 import logging
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -195,14 +196,20 @@ def official_steps(shape: str, method: Learned, tokens: int, checkout: Path, *, 
 
 
 def _cost(name: str, make: Callable[[], Iterator[Step]]) -> Cost:
-    """Median time from step to step as they follow each other in a run, and the peak memory; frees all afterwards.
+    """Of the steps that `make` makes, in a process of their own: contenders leave memory and compiled code behind."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        cost = process.submit(_measured, make).result()
+    log.info("%s: %.1f ms, %.2f GiB", name, cost.milliseconds, cost.peak_gib)
+    return cost
+
+
+def _measured(make: Callable[[], Iterator[Step]]) -> Cost:
+    """Median time from step to step as they follow each other in a run, and the peak memory.
 
     The peak counts from the second step on, those before the capture of a CUDA graph included: what lives inside
     a graph does not show in the allocator's statistics while it is replayed, and before the capture it lives outside.
     """
-    torch.compiler.reset()
-    steps = make()
-    step = next(steps)
+    step = next(make())
     step()  # compiles and tunes
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -215,11 +222,4 @@ def _cost(name: str, make: Callable[[], Iterator[Step]]) -> Cost:
         moment.record()
     torch.cuda.synchronize()
     times = [before.elapsed_time(after) for before, after in itertools.pairwise(moments)]
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    del step
-    steps.close()  # type: ignore[attr-defined]
-    gc.collect()
-    torch.cuda.empty_cache()
-    cost = Cost(statistics.median(times), peak)
-    log.info("%s: %.1f ms, %.2f GiB", name, cost.milliseconds, cost.peak_gib)
-    return cost
+    return Cost(statistics.median(times), torch.cuda.max_memory_allocated() / 2**30)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from patch.artefacts import PatchError
-from patch.learning.schedules import Schedule
+from patch.learning.schedules import MaskSchedule
 from patch.methods import Learned, LearnedPatterns, LearnedTiles
 from patch.models import decoder_blocks, prunable_linears
 from patch.sparsity.maskset import MaskSet
@@ -48,7 +48,7 @@ class OfficialLearning:
         compiled: compile its mask function and the decoder blocks. Raises PatchError for another checkout."""
         self._model, self._method, self._sparsity = model, method, sparsity
         self._theirs = theirs = _load(checkout)
-        self._schedule = Schedule(method, sparsity)
+        self._schedule = MaskSchedule(method, sparsity)
         self._step = 0
         self._mode = {(True, False): "mask_llm", (True, True): "joint", (False, True): "tile"}[
             isinstance(method, LearnedPatterns), isinstance(method, LearnedTiles)

@@ -7,10 +7,8 @@ language models. Both accumulate the same inputs and prune the same weights.
 
 from __future__ import annotations
 
-import copy
 import gc
 import logging
-import re
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -20,18 +18,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from patch.artefacts import PatchError
 from patch.benchmarking.references import REPOSITORIES, Prune, load_reference
-from patch.benchmarking.shapes import SHAPES
+from patch.benchmarking.shapes import layer_shapes
 from patch.methods import make_method
-from patch.models import prunable_linears
 from patch.provenance import stamp
+from patch.pruning.base import Statistic
 from patch.pruning.sequential import TOKENS_PER_BATCH, make_pruner
 from patch.sparsity.patterns import Pattern
 
 REPEATS = 3
+SLOW = 5.0
+"""Seconds from which on one run is enough: no warm-up shows in it."""
 log = logging.getLogger(__name__)
 
 
@@ -42,7 +40,7 @@ class Run:
     new_weight: Tensor
     """[out, in]"""
     seconds: float
-    """Median over REPEATS, from the first inputs to the pruned weights."""
+    """Median over the repeats, from the first inputs to the pruned weights."""
     peak_gib: float | None
     """Largest device memory on top of the layer's weight and inputs; None on a CPU."""
 
@@ -63,7 +61,9 @@ def measure(
     shape: one of SHAPES, or a single layer as OUTxIN; checkouts: of the references, by the option that took them; the
     columns of those that are missing stay empty. mask_agreement is the share of weights on whose fate both agree;
     relative_output_error is ||X (W' - W)|| / ||X W|| of ours divided by that of the reference, so at most 1 is good.
-    Rows of the weight that the reference leaves dense (one, for Thanos) count in neither.
+    Rows of the weight that the reference leaves dense (one, for Thanos) count in neither. forward_s is the time of the
+    layer's own two forward passes over all inputs in bfloat16, forward_with_statistic_s the same while the method's
+    statistic is accumulated in the first of them, as the driver does.
     """
     option = REPOSITORIES[method][0] if method in REPOSITORIES else ""
     reference = load_reference(method, checkouts[option]) if option in checkouts else None
@@ -91,21 +91,12 @@ def measure(
             row["mask_agreement"] = _rounded(float(((new == 0) == (other == 0)).float().mean()), 6)
             errors = [output_norm(changed - original, inputs) for changed in (new, other)]
             row["relative_output_error"] = _rounded(errors[0] / errors[1], 6)
-        yield row | stamp()
-
-
-def layer_shapes(shape: str) -> list[tuple[int, int]]:
-    """(out_features, in_features) of the different linears in a block of one of SHAPES, or of the one layer OUTxIN."""
-    if found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape):
-        return [(int(found[1]), int(found[2]))]
-    if shape not in SHAPES:
-        raise PatchError(f"shape {shape!r}: not one of {', '.join(SHAPES)}, or a layer such as 896x4864.")
-    config = copy.deepcopy(SHAPES[shape])
-    config.num_hidden_layers = 1
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    linears = prunable_linears(model).values()
-    return list(dict.fromkeys((linear.out_features, linear.in_features) for linear in linears))
+        kind = make_pruner(make_method(method, {})).statistic
+        forward = {
+            "forward_s": _rounded(forward_seconds(weight, inputs, None), 6),
+            "forward_with_statistic_s": _rounded(forward_seconds(weight, inputs, kind), 6),
+        }
+        yield row | stamp() | forward
 
 
 def random_layer(
@@ -127,7 +118,7 @@ def random_layer(
 
 
 def run(prune: Prune, weight: Tensor, inputs: Tensor, pattern: Pattern, sparsity: float) -> Run:
-    """Once to warm up, then REPEATS times."""
+    """Once to warm up, then REPEATS times; only once where that is SLOW."""
     seconds = []
     for _ in range(REPEATS + 1):
         gc.collect()
@@ -142,7 +133,39 @@ def run(prune: Prune, weight: Tensor, inputs: Tensor, pattern: Pattern, sparsity
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         peak = (torch.cuda.max_memory_allocated() - base) / 2**30 if weight.is_cuda else None
-    return Run(new_weight, statistics.median(seconds[1:]), peak)
+        if seconds[0] > SLOW:
+            break
+    return Run(new_weight, statistics.median(seconds[1:] or seconds), peak)
+
+
+def forward_seconds(weight: Tensor, inputs: Tensor, kind: type[Statistic] | None) -> float:
+    """Median of REPEATS after one to warm up, of two forward passes; `kind` is accumulated in the first."""
+    layer = weight.to(inputs.dtype)
+    batches = _batches(inputs)
+    seconds = []
+    for _ in range(REPEATS + 1):
+        _synchronize(weight)
+        start = time.perf_counter()
+        statistic = kind(weight.shape[1], weight.device) if kind else None
+        for batch in batches:
+            if statistic is not None:
+                statistic.add(batch)
+            torch.nn.functional.linear(batch, layer)
+        for batch in batches:
+            torch.nn.functional.linear(batch, layer)
+        _synchronize(weight)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def _batches(inputs: Tensor) -> tuple[Tensor, ...]:
+    """As many sequences at a time as the driver takes."""
+    return inputs.split(max(1, TOKENS_PER_BATCH[inputs.device.type] // inputs.shape[1]))
+
+
+def _synchronize(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
 
 
 def output_norm(weight: Tensor, inputs: Tensor) -> float:
@@ -155,9 +178,9 @@ def _ours(method: str) -> Prune:
     pruner = make_pruner(make_method(method, {}))
 
     def prune(weight: Tensor, inputs: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
-        statistic = pruner.new_statistic(weight.shape[1], weight.device)
+        statistic = pruner.statistic(weight.shape[1], weight.device) if pruner.statistic else None
         if statistic is not None:
-            for batch in inputs.split(max(1, TOKENS_PER_BATCH[weight.device.type] // inputs.shape[1])):
+            for batch in _batches(inputs):
                 statistic.add(batch)
         pruned = pruner.prune(weight, statistic, pattern, sparsity)
         return weight.masked_fill(~pruned.keep_mask, 0) if pruned.new_weight is None else pruned.new_weight

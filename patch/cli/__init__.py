@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -16,6 +17,8 @@ from patch.artefacts import PatchError
 from patch.cli import benchmark, cluster, config, prepare, results
 from patch.cli.compress import compress
 from patch.cli.evaluate import evaluate
+from patch.cli.export import export
+from patch.cli.inspect import inspect
 from patch.cli.learn import learn
 from patch.cli.options import fail
 from patch.cli.prune import prune
@@ -28,9 +31,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(prepare.app, name="prepare")
-for command in (prune, learn, compress, evaluate):
-    app.command()(command)
-for command in (results.collect, results.tables, results.figures, results.mlflow, results.show, results.status):
+STAGES: list[Callable[..., None]] = [prune, learn, compress, evaluate, export, inspect]
+RESULTS: list[Callable[..., None]] = [
+    results.collect, results.tables, results.figures, results.mlflow, results.show, results.status,
+]  # fmt: skip
+for command in STAGES + RESULTS:
     app.command()(command)
 app.add_typer(benchmark.app, name="benchmark")
 app.add_typer(config.app, name="config")

@@ -16,12 +16,14 @@ from patch.cli.options import (
     Length,
     MethodOptions,
     Model,
+    Numbers,
     Official,
     RowsFile,
     Shard,
     Threads,
     device_name,
     learned_method,
+    parse_numbers,
     tokens_from,
     use_threads,
 )
@@ -163,6 +165,97 @@ def pruning(
                     samples=samples, length=length, device=torch.device(device_name(device)),
                 ):  # fmt: skip
                     _add_row(output, row)
+
+
+@app.command("layers")
+def layers(
+    output: RowsFile,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="A shape of `benchmark learning`, llama-3.1-8b, or a layer OUTxIN. Default: llama-2-7b."),
+    ] = None,
+    tokens: Numbers = "1,16,64,2048",
+    sparsity: Numbers = "25,35,45,50",
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(help="auto, the one that is chosen, or a kernel's name; repeat for more. Default: auto."),
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="Learned mask instead of random tiles and shapes.")] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Linear layers with 2:4 tiles beside cuBLAS and cuSPARSELt; says which kernel ran and why."""
+    import torch
+
+    from patch.benchmarking.layers import layers_of_masks, measure
+    from patch.benchmarking.shapes import layer_shapes
+    from patch.sparsity.maskset import LinearMask, MaskSet
+
+    use_threads(threads)
+    cases: list[tuple[tuple[int, int], LinearMask | float]]
+    if mask:
+        cases = [(layer.shape, layer) for layer in layers_of_masks(MaskSet.load(mask))]
+    else:
+        sizes = dict.fromkeys(size for name in shape or ["llama-2-7b"] for size in layer_shapes(name, fused=True))
+        cases = [(size, percent / 100) for size in sizes for percent in parse_numbers("--sparsity", sparsity)]
+    counts = [int(number) for number in parse_numbers("--tokens", tokens)]
+    where = torch.device(device_name(device))
+    for size, layer in cases:
+        for row in measure(*size, counts, layer, kernel or ["auto"], where):
+            _add_row(output, row)
+
+
+@app.command("generation")
+def generation(
+    output: RowsFile,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="A shape of `benchmark layers`; repeat for more. Default: llama-2-7b.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at a time.", min=1)] = 16,
+    prefill: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 128,
+    generate: Annotated[int, typer.Option(help="Tokens to generate for each.", min=2)] = 128,
+    sparsity: Numbers = "25,35,45",
+    compiled: Annotated[bool, typer.Option("--compile", help="Both sides through torch.compile.")] = False,
+    fused: Annotated[
+        str, typer.Option(help="Which sides compute query, key, value (gate, up) by one product: both, hybrid or none.")
+    ] = "both",
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Greedy generation with random weights, dense and with 2:4 tiles: prefill, decoding, both, and memory."""
+    import torch
+
+    from patch.benchmarking.generation import measure
+
+    use_threads(threads)
+    for name in shape or ["llama-2-7b"]:
+        for row in measure(
+            name, [percent / 100 for percent in parse_numbers("--sparsity", sparsity)], batch=batch, prefill=prefill,
+            generated=generate, compiled=compiled, fused=fused, device=torch.device(device_name(device)),
+        ):  # fmt: skip
+            _add_row(output, row)
+
+
+@app.command("memory")
+def memory(
+    output: RowsFile,
+    model: Annotated[str, typer.Option(help="A model, or a shape of `benchmark layers` with random weights.")],
+    mask: Annotated[Path | None, typer.Option(help="Mask of the model; random tiles if not given.")] = None,
+    sparsity: Numbers = "25,35,45",
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+) -> None:
+    """Size of a model's linear layers, dense and with 2:4 tiles packed."""
+    from patch.benchmarking.memory import measure
+    from patch.benchmarking.shapes import SHAPES, random_masks, random_model
+    from patch.models import load_model
+    from patch.sparsity.maskset import MaskSet
+
+    where = device_name(device)
+    for percent in [None] if mask else parse_numbers("--sparsity", sparsity):
+        loaded = random_model(model, where) if model in SHAPES else load_model(model, dtype=dtype).to(where)  # type: ignore[arg-type]
+        masks = MaskSet.load(mask) if mask else random_masks(loaded, (percent or 0) / 100)
+        _add_row(output, measure(model, loaded, masks))
 
 
 def _add_row(output: Path, row: dict[str, Any], complete: Callable[[Any], Any] = lambda rows: rows) -> None:

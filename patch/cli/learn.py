@@ -1,4 +1,4 @@
-"""Learn a mask on frozen weights."""
+"""Train: a mask on frozen weights, or the weights themselves."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from patch.artefacts import exclusive
+from patch.artefacts import PatchError, exclusive
 from patch.cli.options import (
     Device,
     Dtype,
     Key,
-    LearnedMethod,
     MethodOptions,
     Model,
     Output,
@@ -23,11 +22,12 @@ from patch.cli.options import (
     Seed,
     Shard,
     Threads,
+    TrainedMethod,
     device_name,
     fail,
-    learned_method,
     sparsity_metrics,
     tokens_from,
+    trained_method,
     use_threads,
 )
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from patch.methods import Learned
     from patch.sparsity.patterns import Pattern
 
+DOCUMENTS_SEED = 42
+"""The reference's, for the documents of ProxSparse."""
 log = logging.getLogger("patch")
 
 
@@ -46,8 +48,11 @@ def learn(
     model: Model,
     output: Output,
     training: Annotated[str, typer.Option(help="Token file of `prepare tokens`, or a text source such as slimpajama.")],
-    method: LearnedMethod = "patch_joint",
-    pattern: Annotated[str, typer.Option(help="2:4 for maskllm, tiles:HEIGHTxWIDTH for the others.")] = "tiles:128x128",
+    method: TrainedMethod = "patch_joint",
+    pattern: Annotated[
+        str,
+        typer.Option(help="2:4 for maskllm and proxsparse, tiles:HEIGHTxWIDTH for PATCH, any for fine_tune."),
+    ] = "tiles:128x128",
     sparsity: Annotated[float, typer.Option(help="Percent to prune, 0 to 50; 2:4 fixes it.")] = 45.0,
     option: MethodOptions = None,
     pattern_mask: Annotated[
@@ -55,6 +60,9 @@ def learn(
     ] = None,
     reference_mask: Annotated[
         Path | None, typer.Option(help="Unstructured mask of `prune` at the target sparsity: prior of the tiles.")
+    ] = None,
+    start_mask: Annotated[
+        Path | None, typer.Option(help="Mask of `prune` or `learn` that fine_tune keeps, with its weights.")
     ] = None,
     epochs: Annotated[int, typer.Option(help="How often the training text may be read.", min=1)] = 1,
     length: Annotated[int, typer.Option(help="Tokens per sequence, for text sources.", min=2)] = 4096,
@@ -80,6 +88,7 @@ def learn(
 
     An interrupted run goes on from its last state. Several GPUs (`--processes 4`, or a torchrun of your own) compute
     the same as one, faster. The priors are masks of `patch-llm prune`: 2:4, and unstructured at the target.
+    proxsparse trains the weights to find a mask for the original ones; fine_tune trains those that a mask keeps.
     """
     processes = max(1, processes)
     if nodes * processes > 1:
@@ -91,14 +100,17 @@ def learn(
     import pandas as pd
 
     from patch.artefacts import atomic_path
-    from patch.learning import Stopped, distributed, learn_masks
+    from patch.learning import Stopped, distributed, learn_masks, train_weights
     from patch.learning.curves import observer
+    from patch.methods import Learned, TrainedWeights
     from patch.models import load_model
     from patch.records import Metric, recording
     from patch.sparsity.maskset import MaskSet
     from patch.sparsity.patterns import Pattern
 
-    chosen = learned_method(method, option)
+    chosen = trained_method(method, option)
+    if shard and not isinstance(chosen, Learned):
+        raise PatchError(f"--shard: {method} keeps all weights on every GPU; leave it out.")
     parsed = Pattern.parse(pattern)
     fixed = parsed.fixed_sparsity
     share = fixed if fixed is not None else sparsity / 100
@@ -120,16 +132,25 @@ def learn(
         states = (state or output / "state") / (key or "by-hand")
         with distributed.only_main(recording, "learn", key, arguments, output) as record:
             loaded = load_model(model, revision=revision, dtype=dtype)
-            paths = {"pattern": pattern_mask, "reference": reference_mask}
+            paths = {"pattern": pattern_mask, "reference": reference_mask, "start": start_mask}
             priors = {role: MaskSet.load(path) for role, path in paths.items() if path}
-            tokens = tokens_from(training, model, revision, "packed", chosen.steps * chosen.batch_size, length, None)
+            sampling, draw = ("documents", DOCUMENTS_SEED) if chosen.text == "documents" else ("packed", None)
+            samples = chosen.steps * chosen.batch_size
+            tokens = tokens_from(training, model, revision, sampling, samples, length, draw)
             try:
                 with observer(wandb, arguments) as observe:
-                    learned = learn_masks(
-                        loaded, chosen, parsed, share, tokens, priors, seed=seed, epochs=epochs, device=where,
-                        state=states, key=key, observe=observe,
-                        sharded=shard or _must_shard(loaded, chosen, parsed, tokens, where),
-                    )  # fmt: skip
+                    if isinstance(chosen, Learned):
+                        learned = learn_masks(
+                            loaded, chosen, parsed, share, tokens, priors, seed=seed, epochs=epochs, device=where,
+                            state=states, key=key, observe=observe,
+                            sharded=shard or _must_shard(loaded, chosen, parsed, tokens, where),
+                        )  # fmt: skip
+                    else:
+                        assert isinstance(chosen, TrainedWeights)
+                        learned = train_weights(
+                            loaded, chosen, parsed, tokens, priors, seed=seed, epochs=epochs, device=where,
+                            state=states, key=key, observe=observe,
+                        )  # fmt: skip
             except Stopped as stopped:
                 fail(f"{stopped}; the same command goes on from there.", 128 + stopped.signal)
             if record is not None:

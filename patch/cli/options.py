@@ -12,7 +12,7 @@ from patch.artefacts import PatchError
 
 if TYPE_CHECKING:
     from patch.data import TokenSet
-    from patch.methods import Learned
+    from patch.methods import Learned, Trained
     from patch.records import Metric
     from patch.sparsity.maskset import MaskSet
 
@@ -27,7 +27,8 @@ Output = Annotated[Path, typer.Option(help="Directory for results; made if missi
 Key = Annotated[str, typer.Option(help="Identity to store in the record; the workflow passes its cell key.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Sampling = Annotated[
-    str, typer.Option(help="windows (of documents that are long enough), packed, or joined (for perplexity).")
+    str,
+    typer.Option(help="windows (of documents that are long enough), packed, documents, or joined (for perplexity)."),
 ]
 Samples = Annotated[int | None, typer.Option(help="Number of sequences; all if not given.", min=1)]
 Length = Annotated[int, typer.Option(help="Tokens per sequence.", min=2)]
@@ -37,20 +38,32 @@ Runs = Annotated[Path, typer.Argument(help="The runs table, runs.parquet, of `co
 MethodOptions = Annotated[
     list[str] | None, typer.Option("--set", help="A hyper-parameter, NAME=VALUE; repeat for more.")
 ]
+TrainedMethod = Annotated[str, typer.Option(help="maskllm, patch_joint, patch_tile, proxsparse or fine_tune.")]
 LearnedMethod = Annotated[str, typer.Option(help="maskllm, patch_joint or patch_tile.")]
 Shard = Annotated[
     bool, typer.Option(help="Split weights and logits over all processes; `learn` does where they do not fit one.")
 ]
 RowsFile = Annotated[Path, typer.Option(help="CSV file to add rows to.")]
+Numbers = Annotated[str, typer.Option(help="Numbers, separated by commas.")]
 Official = Annotated[Path | None, typer.Option(help="Checkout of Paramathic/patch to time too.")]
 
 
-def learned_method(name: str, options: list[str] | None) -> Learned:
-    from patch.methods import Learned, make_method
+def trained_method(name: str, options: list[str] | None) -> Trained:
+    from patch.methods import Trained, make_method
 
     chosen = make_method(name, parse_options(options or []))
-    if not isinstance(chosen, Learned):
+    if not isinstance(chosen, Trained):
         raise PatchError(f"method {name!r}: does not learn; use `patch-llm prune`.")
+    return chosen
+
+
+def learned_method(name: str, options: list[str] | None) -> Learned:
+    """One that learns masks on frozen weights."""
+    from patch.methods import Learned
+
+    chosen = trained_method(name, options)
+    if not isinstance(chosen, Learned):
+        raise PatchError(f"method {name!r}: trains weights; use one that learns masks on frozen ones.")
     return chosen
 
 
@@ -73,6 +86,22 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     return {name: yaml.safe_load(value) for name, value in parse_pairs(pairs, "--set").items()}
 
 
+def options_of(methods: list[str], pairs: list[str]) -> dict[str, dict[str, Any]]:
+    """By method: the options NAME=VALUE, which all get, and its own METHOD.NAME=VALUE, which go before them."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in methods}
+    own: dict[str, dict[str, Any]] = {name: {} for name in methods}
+    for name, value in parse_options(pairs).items():
+        method, dot, option = name.partition(".")
+        if not dot:
+            for options in found.values():
+                options[name] = value
+        elif method in own:
+            own[method][option] = value
+        else:
+            raise PatchError(f"--set {name}: the methods asked for are {', '.join(methods)}.")
+    return {name: found[name] | own[name] for name in methods}
+
+
 def parse_pairs(texts: list[str], option: str) -> dict[str, str]:
     for text in texts:
         if "=" not in text:
@@ -85,6 +114,13 @@ def parse_integer(name: str, value: str) -> int:
         return int(value)
     except ValueError:
         raise PatchError(f"--limit-for {name}={value}: the limit must be a whole number.") from None
+
+
+def parse_numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise PatchError(f"{option} {text}: write numbers with commas between them, such as 25,45.") from None
 
 
 def device_name(name: str) -> str:

@@ -78,3 +78,18 @@ def tasks(
         log.info("questions of %s", name)
         library.download(name)
     write_json(output, {"schema": "patch.tasks/1", "source": source, "names": names})
+
+
+@app.command("released")
+def released(
+    source: Annotated[str, typer.Option(help="Repository on the hub, directory or file of a published mask.")],
+    output: Annotated[Path, typer.Option(help="File to write: where the mask lies and what it is.")],
+    file: Annotated[str, typer.Option(help="Name of the file there.")] = "mask.npz",
+    revision: Revision = None,
+) -> None:
+    """Download a published mask, and describe it in a small JSON file that `prune --method released` takes."""
+    from patch.pruning.released import fetch
+
+    found = fetch(source, file, revision)
+    found.write(output)
+    log.info("%s: %s", found.path, f"commit {found.revision}" if found.revision else "a file of this machine")

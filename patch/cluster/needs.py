@@ -15,7 +15,7 @@ from pathlib import Path
 from patch.artefacts import PatchError, read_json
 from patch.cluster.site import Gpu
 from patch.experiments import Cell, ModelSource, Stage
-from patch.methods import METHODS, Learned, LearnedPatterns
+from patch.methods import METHODS, Learned, LearnedPatterns, ProxSparse, Trained, TrainedWeights
 
 FLOPS = {"h200": 2.0e14, "h100": 2.0e14, "a100": 1.0e14, "a6000": 4e13, "l40": 6e13, "v100": 3e13}
 """FLOP per second that learning sustains, by kind of GPU: about a third of what its kernels reach in long runs."""
@@ -80,13 +80,13 @@ def stage(
     memory, gpus, nodes = 2 * weights, int(gpu is not None), 1
     if name == "learn":
         method = METHODS[cell.method](**cell.options)
-        assert isinstance(method, Learned)
+        assert isinstance(method, Trained)
         assert cell.training
         read = method.steps * method.batch_size * cell.training.length
         if gpu:
             gpus, nodes = learning_gpus(parameters, weights, method, cell.training.length, gpu)
         seconds = 8 * parameters * read / (_flops(gpu, threads) * max(1, gpus * nodes))
-        memory += _saved_gib(parameters, method)  # a state is copied to the host before it is written
+        memory += _saved_gib(parameters, weights, method)  # a state is copied to the host before it is written
         memory += 0 if gpu else learning_gib(parameters, weights, method, cell.training.length)
     elif name == "prune":
         looked_at = cell.calibration.samples * cell.calibration.length if cell.calibration else 0
@@ -108,29 +108,30 @@ def stage(
     return Needs(_memory_mb(memory, attempt), min(_minutes(seconds, attempt), max_minutes), gpus, nodes)
 
 
-def learning_gib(parameters: float, weights: float, method: Learned, length: int) -> float:
-    """Device memory of learning on one device. weights: GiB of the model."""
-    logit, gradient, state = method.logit_bytes
-    logits = 1.5 * parameters if isinstance(method, LearnedPatterns) else 0.0
+def learning_gib(parameters: float, weights: float, method: Trained, length: int) -> float:
+    """Device memory of training on one device. weights: GiB of the model."""
     width = _width(parameters)
     blocks = max(1.0, parameters / (12 * width**2))
-    element = weights / parameters
-    tokens = method.micro_batch_size * length
-    effective = 2 * weights / blocks if method.checkpointing == "all" else weights
+    element = weights / parameters * 2**30
     live = blocks if method.checkpointing == "off" else 1
-    activations = tokens * width * element * (blocks + 28 * live)
-    return weights + logits * (logit + gradient + state) / 2**30 + effective + activations + 1.5
+    activations = method.micro_batch_size * length * width * element * (blocks + 28 * live) / 2**30
+    if isinstance(method, Learned):
+        effective = 2 * weights / blocks if method.checkpointing == "all" else weights
+        return weights + _logits_gib(parameters, method) + effective + activations + 1.5
+    assert isinstance(method, TrainedWeights)
+    per_weight = sum(method.weight_bytes(round(element))) + (not isinstance(method, ProxSparse))
+    return weights + parameters * per_weight / 2**30 + activations + 1.5
 
 
-def learning_gpus(parameters: float, weights: float, method: Learned, length: int, gpu: Gpu) -> tuple[int, int]:
+def learning_gpus(parameters: float, weights: float, method: Trained, length: int, gpu: Gpu) -> tuple[int, int]:
     """GPUs per node and nodes whose memory together holds a learning job, its weights and logits split over them.
 
-    A batch divides over powers of two.
+    A batch divides over powers of two. Training weights splits nothing, so it takes one.
     """
+    if not isinstance(method, Learned):
+        return 1, 1
     whole = learning_gib(parameters, weights, method, length)
-    logit, gradient, state = method.logit_bytes
-    logits = 1.5 * parameters if isinstance(method, LearnedPatterns) else 0.0
-    split = weights + logits * (logit + gradient + state) / 2**30
+    split = weights + _logits_gib(parameters, method)
     room = 0.9 * gpu.memory_gib
     count = 1
     while whole - split + split / count > room and count < 64:
@@ -138,9 +139,21 @@ def learning_gpus(parameters: float, weights: float, method: Learned, length: in
     return min(count, gpu.per_node), math.ceil(count / gpu.per_node)
 
 
-def _saved_gib(parameters: float, method: Learned) -> float:
+def _logits_gib(parameters: float, method: Learned) -> float:
+    """Of 2:4 logits with gradients and moments."""
+    return 1.5 * parameters * sum(method.logit_bytes) / 2**30 if isinstance(method, LearnedPatterns) else 0.0
+
+
+def _saved_gib(parameters: float, weights: float, method: Trained) -> float:
+    """Of a saved state."""
+    if isinstance(method, TrainedWeights):
+        element = round(weights / parameters * 2**30)
+        copy, _, moments = method.weight_bytes(element)
+        return parameters * ((copy or element) + moments) / 2**30
+    if not isinstance(method, LearnedPatterns):
+        return 0.0
     logit, _, state = method.logit_bytes
-    return 1.5 * parameters * (logit + state) / 2**30 if isinstance(method, LearnedPatterns) else 0.0
+    return 1.5 * parameters * (logit + state) / 2**30
 
 
 def _width(parameters: float) -> float:

@@ -7,7 +7,7 @@ import math
 from transformers import PreTrainedModel
 
 from patch.learning.objective import LOGIT_BYTES_PER_CHUNK
-from patch.methods import Learned, LearnedPatterns
+from patch.methods import Learned, LearnedPatterns, ProxSparse, TrainedWeights
 from patch.models import prunable_linears
 from patch.sparsity.patterns import Pattern
 from patch.sparsity.tiles import grid_shape
@@ -27,16 +27,9 @@ def memory_estimate(
     tiles = sum(map(math.prod, grids))
     element = model.dtype.itemsize
     logit, gradient, state = method.logit_bytes
-    config = model.config.get_text_config()
-    blocks = config.num_hidden_layers
-    tokens = method.micro_batch_size * length
     pattern_logits = 1.5 * weights if isinstance(method, LearnedPatterns) else 0.0
     other = sum(parameter.numel() for parameter in model.parameters()) - weights
-    stored = tokens * config.hidden_size * element * blocks
-    # attention and MLP intermediates of one block: about 16 hidden and 4 MLP widths per token
-    mlp = getattr(config, "intermediate_size", 4 * config.hidden_size)
-    inner = tokens * (16 * config.hidden_size + 4 * mlp) * element
-    live = blocks if method.checkpointing == "off" else 1
+    blocks = model.config.get_text_config().num_hidden_layers
     effective = 2 * weights * element / blocks if method.checkpointing == "all" else weights * element
     parts = {
         "weights": weights * element / processes + other * element,
@@ -44,9 +37,42 @@ def memory_estimate(
         "gradients": (pattern_logits * gradient / processes + tiles * logit),
         "optimizer": (pattern_logits * state / processes + tiles * state),
         "effective weights": effective,
-        "activations": stored + inner * live,
+        "activations": _activations(model, method.micro_batch_size * length, method.checkpointing),
         "loss": 3 * LOGIT_BYTES_PER_CHUNK,
     }
+    return _in_gib(parts)
+
+
+def weights_memory_estimate(model: PreTrainedModel, method: TrainedWeights, length: int) -> dict[str, float]:
+    """GiB per component on one device, of training weights; otherwise as `memory_estimate`."""
+    prunable = sum(linear.weight.numel() for linear in prunable_linears(model).values())
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    trained = everything if isinstance(method, ProxSparse) else prunable
+    element = model.dtype.itemsize
+    copy, gradient, moments = method.weight_bytes(element)
+    parts = {
+        "weights": everything * element,
+        "float32 copy": trained * copy,
+        "gradients": trained * gradient,
+        "optimizer": trained * moments,
+        "masks": 0 if isinstance(method, ProxSparse) else prunable,
+        "activations": _activations(model, method.micro_batch_size * length, method.checkpointing),
+        "loss": 3 * LOGIT_BYTES_PER_CHUNK,
+    }
+    return _in_gib(parts)
+
+
+def _activations(model: PreTrainedModel, tokens: int, checkpointing: str) -> float:
+    """Bytes: a block's inputs, and the attention's and MLP's of one block or of all."""
+    config = model.config.get_text_config()
+    mlp = getattr(config, "intermediate_size", 4 * config.hidden_size)
+    # intermediates of one block: about 16 hidden and 4 MLP widths per token
+    inner = 16 * config.hidden_size + 4 * mlp
+    live = config.num_hidden_layers if checkpointing == "off" else 1
+    return tokens * model.dtype.itemsize * (config.hidden_size * config.num_hidden_layers + inner * live)
+
+
+def _in_gib(parts: dict[str, float]) -> dict[str, float]:
     return {name: round(size / 2**30, 2) for name, size in parts.items()} | {
         "sum": round(math.fsum(parts.values()) / 2**30, 2)
     }

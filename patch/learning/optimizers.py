@@ -1,4 +1,4 @@
-"""The optimisers that can learn masks, by name."""
+"""The optimisers that train masks or weights, by name."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from torch import Tensor, nn
 
 from patch.artefacts import PatchError
 from patch.kernels.adamw import FusedAdamW
-from patch.methods import Learned
+from patch.methods import Trained
 
 
-def make_optimizer(method: Learned, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(
+    method: Trained, parameters: list[nn.Parameter], *, stochastic_rounding: bool
+) -> torch.optim.Optimizer:
     """The method's optimiser; its learning rate is set before every step.
 
+    stochastic_rounding: of bfloat16 parameters, by our kernel; the others round to nearest.
     Raises PatchError for adamw_apex where apex is not installed.
     """
     options: dict[str, Any] = {"betas": method.betas, "eps": method.epsilon, "weight_decay": method.weight_decay}
@@ -33,7 +36,7 @@ def make_optimizer(method: Learned, parameters: list[nn.Parameter]) -> torch.opt
         parameters,
         lr=method.learning_rate,
         state_bits=8 if method.optimizer == "adamw_8bit" else 32,
-        stochastic_rounding=method.logits_dtype == "bfloat16",
+        stochastic_rounding=stochastic_rounding,
         **options,
     )
 

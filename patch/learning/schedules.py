@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from patch.methods import Learned, LearnedPatterns, LearnedTiles, PatchJoint
+from patch.methods import Learned, LearnedPatterns, LearnedTiles, PatchJoint, Trained
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,23 @@ class Sharpness:
 
 @dataclass(frozen=True)
 class Schedule:
-    """All values that depend on the optimiser step; the last of T steps computes at (T - 1) / T of every range."""
+    """What depends on the optimiser step, counted from 0."""
+
+    method: Trained
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up from 0, then a cosine or a line to 0 (transformers' schedules "cosine" and "linear")."""
+        warmup, total = self.method.warmup_steps, self.method.steps
+        if step < warmup:
+            return self.method.learning_rate * step / warmup
+        progress = (step - warmup) / max(1, total - warmup)
+        falling = 0.5 * (1 + math.cos(math.pi * progress)) if self.method.decay == "cosine" else 1 - progress
+        return self.method.learning_rate * falling
+
+
+@dataclass(frozen=True)
+class MaskSchedule(Schedule):
+    """Of mask learning; the last of T steps computes at (T - 1) / T of every range."""
 
     method: Learned
     sparsity: float
@@ -44,14 +60,6 @@ class Schedule:
             return self.method.tile_temperature
         start = 4.0 if isinstance(self.method, PatchJoint) and self.sparsity >= 0.4 else 2.0
         return start, 0.05
-
-    def learning_rate(self, step: int) -> float:
-        """Linear warm-up from 0, then a cosine to 0 (transformers' `get_cosine_schedule_with_warmup`)."""
-        warmup, total = self.method.warmup_steps, self.method.steps
-        if step < warmup:
-            return self.method.learning_rate * step / warmup
-        progress = (step - warmup) / max(1, total - warmup)
-        return self.method.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
     def norm_weight(self, step: int) -> float:
         fade = 1 - step / self.method.steps if self.method.norm_decay else 1.0

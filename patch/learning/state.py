@@ -1,8 +1,8 @@
-"""The saved state of a learning job, from which an interrupted one goes on as if nothing had happened.
+"""The saved state of a training job, from which an interrupted one goes on as if nothing had happened.
 
 One file per process and saved step, `step-000150.rank-0.safetensors`, in a directory that belongs to the job's key; the
-last two steps are kept. Data order, noise and schedules follow from the step, so logits, optimiser and
-curves are all there is to keep.
+last two steps are kept. Data order, noise and schedules follow from the step, so what is trained, optimiser
+and curves are all there is to keep.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patch.artefacts import PatchError, read_tensors, write_tensors
 
-SCHEMA = "patch.learning/1"
+SCHEMA = "patch.learning/2"
 KEPT = 2
 
 

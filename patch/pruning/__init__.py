@@ -4,6 +4,6 @@ A method has three parts that can be read and tested alone: what it accumulates 
 `Statistic`), how it scores weights, and how the scores become a mask.
 """
 
-from patch.pruning.sequential import prune_model
+from patch.pruning.sequential import Job, prune_model, prune_together
 
-__all__ = ["prune_model"]
+__all__ = ["Job", "prune_model", "prune_together"]

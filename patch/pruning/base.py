@@ -14,6 +14,8 @@ from patch.sparsity.patterns import Pattern, keep_largest, keep_n_of_m
 class Statistic(Protocol):
     """What a method accumulates over the inputs of one layer, or of several that share their inputs."""
 
+    def __init__(self, in_features: int, device: torch.device): ...
+
     def add(self, inputs: Tensor) -> None:
         """Account for inputs [sequences, tokens, in_features], any float dtype."""
         ...
@@ -40,8 +42,9 @@ class Pruned:
 class Pruner(Protocol):
     """A method with its hyper-parameters."""
 
-    def new_statistic(self, in_features: int, device: torch.device) -> Statistic | None:
-        """An empty statistic, or None for methods that do not look at inputs."""
+    @property
+    def statistic(self) -> type[Statistic] | None:
+        """What it accumulates, or None for methods that do not look at inputs. Methods of one kind share it."""
         ...
 
     def prune(self, weight: Tensor, statistic: Statistic | None, pattern: Pattern, sparsity: float) -> Pruned:

@@ -21,7 +21,7 @@ class Hessian:
     """H = 2/n * sum of x x^T over the tokens of n sequences, float32 [in_features, in_features].
 
     Symmetric: only what lies right of the diagonal, in strips of STRIP rows, is computed and read. TOKENS are in
-    float32 at a time.
+    float32 at a time; on a GPU those of 16 bits are multiplied as they are.
     """
 
     def __init__(self, in_features: int, device: torch.device):
@@ -32,10 +32,16 @@ class Hessian:
 
     def add(self, inputs: Tensor) -> None:
         for part in inputs.reshape(-1, inputs.shape[-1]).split(TOKENS):
-            tokens = part.float()
+            # Tensor cores multiply 16-bit numbers exactly and add them up in float32, many times as fast as float32.
+            exact = part.is_cuda and part.dtype in (torch.bfloat16, torch.float16)
+            tokens = part if exact else part.float()
             for start in range(0, len(self.sum), STRIP):
-                strip = slice(start, start + STRIP)
-                self.sum[strip, start:].addmm_(tokens[:, strip].T, tokens[:, start:])
+                rows, columns = tokens[:, start : start + STRIP].T, tokens[:, start:]
+                strip = self.sum[start : start + STRIP, start:]
+                if exact:
+                    strip.add_(torch.mm(rows, columns, out_dtype=torch.float32))
+                else:
+                    strip.addmm_(rows, columns)
         self.sequences += inputs.shape[0] if inputs.dim() > 2 else 1
 
     def is_finite(self) -> bool:

@@ -6,7 +6,6 @@ target is met exactly.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from patch.methods import Magnitude
@@ -15,11 +14,10 @@ from patch.sparsity.patterns import Pattern
 
 
 class MagnitudePruner:
+    statistic = None
+
     def __init__(self, options: Magnitude):
         self.options = options
-
-    def new_statistic(self, in_features: int, device: torch.device) -> None:
-        return None
 
     def prune(self, weight: Tensor, statistic: Statistic | None, pattern: Pattern, sparsity: float) -> Pruned:
         return Pruned(select(weight.float().abs(), pattern, sparsity, per_row=False))

@@ -13,12 +13,11 @@ from patch.sparsity.patterns import Pattern
 class RandomPruner:
     """Draws on the CPU, layer after layer, so that a seed means the same masks on every device."""
 
+    statistic = None
+
     def __init__(self, options: Random, seed: int):
         self.options = options
         self.generator = torch.Generator().manual_seed(seed)
-
-    def new_statistic(self, in_features: int, device: torch.device) -> None:
-        return None
 
     def prune(self, weight: Tensor, statistic: Statistic | None, pattern: Pattern, sparsity: float) -> Pruned:
         scores = torch.rand(weight.shape, generator=self.generator).to(weight.device)

@@ -19,11 +19,10 @@ PANEL = 16
 
 
 class SparseGPTPruner:
+    statistic = Hessian
+
     def __init__(self, options: SparseGPT):
         self.options = options
-
-    def new_statistic(self, in_features: int, device: torch.device) -> Hessian:
-        return Hessian(in_features, device)
 
     def prune(self, weight: Tensor, statistic: Statistic | None, pattern: Pattern, sparsity: float) -> Pruned:
         assert isinstance(statistic, Hessian)

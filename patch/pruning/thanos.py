@@ -29,6 +29,8 @@ from patch.sparsity.patterns import Pattern, drop_lowest, keep_n_of_m, pruned_co
 
 SYSTEM_BYTES = {"cpu": 2**26, "cuda": 2**27}
 """Size of the systems that are solved together; results do not depend on it."""
+PANEL = 32
+"""Columns of a system that are factored at a time."""
 log = logging.getLogger(__name__)
 
 
@@ -47,9 +49,7 @@ class HessianAndLast(Hessian):
 class ThanosPruner:
     def __init__(self, options: Thanos):
         self.options = options
-
-    def new_statistic(self, in_features: int, device: torch.device) -> Hessian:
-        return (HessianAndLast if self.options.dense_row else Hessian)(in_features, device)
+        self.statistic = HessianAndLast if options.dense_row else Hessian
 
     def prune(self, weight: Tensor, statistic: Statistic | None, pattern: Pattern, sparsity: float) -> Pruned:
         """Raises PatchError where the systems stay singular at thousandfold damping."""
@@ -135,15 +135,39 @@ def joint_multipliers(inverse: Tensor, block: Tensor, pruned: Tensor) -> Tensor 
         systems = inverse[columns.unsqueeze(2), columns.unsqueeze(1)]
         systems.mul_(real.unsqueeze(1)).mul_(real.unsqueeze(2))
         systems.diagonal(dim1=1, dim2=2).masked_fill_(~real, 1)
-        lower, failed = torch.linalg.cholesky_ex(systems)
-        if failed.any():
-            return None
         values = block[rows].gather(1, columns) * real
-        # what cholesky_solve does, without its copy of all systems
-        half = torch.linalg.solve_triangular(lower, values.unsqueeze(2), upper=False)
-        solution = torch.linalg.solve_triangular(lower.mT, half, upper=True).squeeze(2)
-        multipliers[rows] = torch.zeros_like(block[rows]).scatter_(1, columns, solution)
+        if not _solve_(systems, values.unsqueeze(2)):
+            return None
+        multipliers[rows] = torch.zeros_like(block[rows]).scatter_(1, columns, values)
     return multipliers
+
+
+def _solve_(systems: Tensor, values: Tensor) -> bool:
+    """Replace `values` [rows, size, 1] by inv(systems) values; False where a system is not positive definite.
+
+    systems: symmetric [rows, size, size], overwritten. By Cholesky, PANEL columns at a time: libraries factor many
+    small matrices well; of larger ones, little but matrix products is then left.
+    """
+    inverses, size = [], systems.shape[1]
+    failed = torch.zeros(len(systems), dtype=torch.bool, device=systems.device)
+    panels = [slice(start, min(start + PANEL, size)) for start in range(0, size, PANEL)]
+    for panel in panels:
+        below = slice(panel.stop, size)
+        lower, info = torch.linalg.cholesky_ex(systems[:, panel, panel])
+        failed |= info != 0
+        identity = torch.eye(lower.shape[1], device=systems.device).expand_as(lower)
+        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+        inverses.append(inverse)
+        factor = systems[:, below, panel] @ inverse.mT
+        systems[:, below, panel] = factor
+        systems[:, below, below].baddbmm_(factor, factor.mT, alpha=-1)
+        values[:, panel] = inverse @ values[:, panel]
+        values[:, below].baddbmm_(factor, values[:, panel], alpha=-1)
+    for panel, inverse in zip(reversed(panels), reversed(inverses), strict=True):
+        below = slice(panel.stop, size)
+        rest = systems[:, below, panel].mT @ values[:, below]
+        values[:, panel] = inverse.mT @ (values[:, panel] - rest)
+    return not failed.any()
 
 
 def _batches(sizes: Tensor) -> Iterator[tuple[Tensor, int]]:

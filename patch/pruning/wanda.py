@@ -31,11 +31,10 @@ class InputNorm:
 
 
 class WandaPruner:
+    statistic = InputNorm
+
     def __init__(self, options: Wanda):
         self.options = options
-
-    def new_statistic(self, in_features: int, device: torch.device) -> InputNorm:
-        return InputNorm(in_features, device)
 
     def prune(self, weight: Tensor, statistic: Statistic | None, pattern: Pattern, sparsity: float) -> Pruned:
         assert isinstance(statistic, InputNorm)

@@ -41,6 +41,8 @@ _STYLES: dict[str, tuple[int, str, Any]] = {
     "maskllm": (4, ">", (0, (1, 1))),
     "patch_joint": (0, "o", "-"),
     "patch_tile": (9, "P", "-"),
+    "fine_tune": (8, "h", (0, (3, 1))),
+    "released": (8, "*", (0, (2, 1))),
 }
 
 

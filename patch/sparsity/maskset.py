@@ -34,7 +34,7 @@ from patch.sparsity.packing import (
     unpack_codes,
 )
 from patch.sparsity.patterns import Pattern
-from patch.sparsity.tiles import expand, grid_shape
+from patch.sparsity.tiles import expand, grid_shape, weights_in
 
 SCHEMA = "patch.maskset/1"
 
@@ -119,7 +119,13 @@ class LinearMask:
     @property
     def kept(self) -> int:
         """Number of weights that survive."""
-        return int(self.keep_mask().sum())
+        if self.pattern.kind == "dense":
+            return self.size
+        if not _uses_codes(self.pattern):
+            return int(self.keep_mask().sum())
+        tiles = self.dense_tiles()
+        in_dense_tiles = 0 if tiles is None else weights_in(tiles, self.shape, self.pattern.tile)
+        return (self.size + in_dense_tiles) // 2
 
     @property
     def sparsity(self) -> float:

@@ -160,7 +160,7 @@ def drop_lowest(scores: Tensor, count: int) -> Tensor:
         threshold = scores.kthvalue(count, dim=1, keepdim=True).values
     below, equal = scores < threshold, scores == threshold
     still_to_drop = count - below.sum(dim=1, keepdim=True)
-    return ~(below | (equal & (equal.cumsum(dim=1) <= still_to_drop)))
+    return ~(below | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= still_to_drop)))
 
 
 def pruned_count(total: int, sparsity: float) -> int:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,18 @@ from patch.sparsity.patterns import Pattern
 from patch.sparsity.tiles import tile_sums
 
 
-def read_release(path: Path | str, tile: tuple[int, int] = (128, 128)) -> MaskSet:
+def read_release(
+    path: Path | str,
+    tile: tuple[int, int] = (128, 128),
+    convert: Callable[[str, torch.Tensor], LinearMask] | None = None,
+) -> MaskSet:
     """Read `mask.npz`. Each layer becomes 2:4 or tiles of size `tile` where it is exactly that, else
     unstructured (a weight that was 0 before pruning looks pruned in this format).
 
+    convert: what to make of a layer's name and bool [out, in] instead; it raises PatchError to refuse them.
     Raises PatchError for a file that is not in this format.
     """
+    convert = convert or (lambda _, keep_mask: _classify(keep_mask, tile))
     try:
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
@@ -38,7 +45,8 @@ def read_release(path: Path | str, tile: tuple[int, int] = (128, 128)) -> MaskSe
             for key in names:
                 rows, columns = (int(size) for size in archive[f"{key}.__shape__"])
                 bits = np.unpackbits(archive[key])[: rows * columns].astype(bool)
-                masks[key.removesuffix(".weight")] = _classify(torch.from_numpy(bits.reshape(rows, columns)), tile)
+                name = key.removesuffix(".weight")
+                masks[name] = convert(name, torch.from_numpy(bits.reshape(rows, columns)))
             if not isinstance(meta, dict):
                 raise ValueError("its __meta__ is not a JSON object")
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:

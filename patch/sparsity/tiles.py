@@ -17,6 +17,12 @@ def expand(tiles: Tensor, shape: tuple[int, int], tile: tuple[int, int]) -> Tens
     return rows.repeat_interleave(tile[1], dim=1)[:, : shape[1]]
 
 
+def weights_in(tiles: Tensor, shape: tuple[int, int], tile: tuple[int, int]) -> int:
+    """Number of weights of a matrix of `shape` that lie in the chosen tiles, bool [tile rows, tile columns]."""
+    heights = expand(tiles, (shape[0], tiles.shape[1]), (tile[0], 1)).sum(0)  # rows of weights, per column of tiles
+    return int(expand(heights.unsqueeze(0), (1, shape[1]), (1, tile[1])).sum())
+
+
 def tile_sums(matrix: Tensor, tile: tuple[int, int]) -> Tensor:
     """[out, in] -> [tile rows, tile columns]: sum of each tile's entries, in float32 or wider."""
     rows, columns = grid_shape(tuple(matrix.shape), tile)  # type: ignore[arg-type]

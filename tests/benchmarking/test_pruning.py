@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from patch.artefacts import PatchError
-from patch.benchmarking.pruning import layer_shapes, measure, output_norm, random_layer
+from patch.benchmarking.pruning import forward_seconds, measure, output_norm, random_layer
+from patch.benchmarking.shapes import layer_shapes
+from patch.pruning.wanda import InputNorm
 from patch.sparsity.patterns import Pattern
 
 CPU = torch.device("cpu")
 COLUMNS = [
     "method", "pattern", "out_features", "in_features", "ours_s", "reference_s", "speedup", "ours_peak_gib",
     "reference_peak_gib", "mask_agreement", "relative_output_error", "gpu", "torch", "commit", "date",
+    "forward_s", "forward_with_statistic_s",
 ]  # fmt: skip
 
 # Keeps the last 2 of every 4 and the first row, whatever the scores are.
@@ -78,6 +81,8 @@ def test_the_same_masks_agree_and_leave_the_same_error(checkouts):
     assert (row["mask_agreement"], row["relative_output_error"]) == (1, 1)
     assert row["ours_s"] > 0
     assert row["reference_s"] > 0
+    assert 0 < row["forward_s"] < 1
+    assert 0 < row["forward_with_statistic_s"] < 1
 
 
 def test_other_masks_do_not_and_dense_rows_of_the_reference_do_not_count(checkouts, capsys):
@@ -112,3 +117,20 @@ def test_output_norms_are_those_of_all_tokens_together():
     weight, inputs = random_layer(6, 8, 3, 5, CPU)
     expected = (inputs.double().flatten(0, 1) @ weight.double().T).norm()
     assert output_norm(weight, inputs) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_forward_passes_are_two_and_the_statistic_sees_every_token_once(monkeypatch):
+    weight, inputs = random_layer(6, 8, 3, 5, CPU)
+    seen, passes = [], []
+
+    class Counted(InputNorm):
+        def add(self, batch):
+            seen.append(batch.shape[0])
+
+    monkeypatch.setattr("patch.benchmarking.pruning.REPEATS", 1)
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda batch, layer: passes.append((batch.shape[0], layer.dtype))
+    )
+    assert forward_seconds(weight, inputs, Counted) > 0
+    assert (sum(seen), sum(count for count, _ in passes)) == (2 * 3, 2 * 2 * 3)
+    assert {dtype for _, dtype in passes} == {torch.bfloat16}

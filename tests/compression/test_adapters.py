@@ -115,8 +115,8 @@ def test_mean_magnitude() -> None:
     assert not statistic.is_finite()
 
 
-# Figures of SLiM's `add_lora` on the same weights, norms and masks, groups of 4, a quarter of the full rank: the weighted
-# errors of the first quantised and pruned weight, of that with the adapter, and of the result.
+# Figures of SLiM's `add_lora` on the same weights, norms and masks, groups of 4, a quarter of the full rank: the
+# weighted errors of the first quantised and pruned weight, of that with the adapter, and of the result.
 @pytest.mark.parametrize(
     ("shape", "order", "sparsity", "figures"),
     [

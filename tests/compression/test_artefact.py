@@ -95,7 +95,7 @@ def test_codes_of_kept_weights_survive_packing(mask: str) -> None:
 @pytest.mark.parametrize(
     ("mask", "settings", "bits"),
     [
-        # per weight: codes, masks, and scales of 32 bits (float32 layers) for groups of 8 and, at the edge, of 4 outputs
+        # per weight: codes, masks, and scales of 32 bits (float32 layers) for groups of 8 and, at the edge, 4 outputs
         ("dense", "plain", 4 + 32 * 2 / 12),
         ("2:4", "plain", 2 + 0.75 + 32 * 2 / 12),
         ("unstructured", "slim_quant", None),
@@ -204,7 +204,7 @@ def test_truncated_altered_and_foreign_files_are_refused(tmp_path: Path) -> None
     with pytest.raises(PatchError, match="its checksum does not match its content"):
         CompressedSet.load(path)
     write_tensors(path, {}, "patch.compressed/0", {})
-    with pytest.raises(PatchError, match="written in schema patch.compressed/0"):
+    with pytest.raises(PatchError, match=r"written in schema patch\.compressed/0"):
         CompressedSet.load(path)
     with pytest.raises(PatchError, match="no such file"):
         CompressedSet.load(tmp_path / "none.safetensors")

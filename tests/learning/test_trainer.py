@@ -213,7 +213,7 @@ def test_nan_ends_the_run_with_the_step_and_the_term(
 
 
 def test_divergence_ends_the_run(learn: Callable[..., LearnedMasks], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patch.learning.trainer.DIVERGED", 0.1)
+    monkeypatch.setattr("patch.learning.loop.DIVERGED", 0.1)
     with pytest.raises(PatchError, match=r"step 1: cross_entropy is .* worse than guessing"):
         learn("maskllm")
 
@@ -229,7 +229,7 @@ def test_out_of_memory_prints_the_estimate_per_component(
     def fail(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("patch.learning.trainer.NextTokenLoss.__call__", fail)
+    monkeypatch.setattr("patch.learning.objective.NextTokenLoss.__call__", fail)
     with pytest.raises(PatchError, match=r"estimate in GiB: weights .*, logits .*, optimizer .*, sum .*adamw_8bit"):
         learn("patch_joint")
 

@@ -30,7 +30,7 @@ def correlated(sequences: int = 4, length: int = 40, width: int = WIDTH, seed: i
 def pruned_by(
     pruner: Pruner, weight: torch.Tensor, sequences: torch.Tensor, pattern: Pattern, sparsity: float = 0.5
 ) -> Pruned:
-    statistic = pruner.new_statistic(weight.shape[1], CPU)
+    statistic = pruner.statistic(weight.shape[1], CPU) if pruner.statistic else None
     for sequence in sequences if statistic else ():
         statistic.add(sequence[None])
     return pruner.prune(weight, statistic, pattern, sparsity)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
@@ -41,6 +43,21 @@ def test_the_factor_is_kept_for_its_damping(sequences):
     assert statistic.inverse_factor(0.01) is first
     assert not torch.equal(statistic.inverse_factor(0.1), first)
     assert torch.equal(statistic.inverse_factor(0.01), first)
+
+
+def test_a_singular_hessian_is_damped_more_and_the_log_says_so(caplog):
+    """Two equal inputs, and a damping that rounding swallows."""
+    inputs = torch.tensor([1.0, 1.0, 3.0]).repeat(1, 5, 1)
+    statistic = Hessian(3, CPU)
+    statistic.add(inputs)
+    with caplog.at_level(logging.WARNING, logger="patch"):
+        factor = statistic.inverse_factor(1e-9)
+    assert caplog.messages
+    assert caplog.messages[0] == "Hessian of 3 inputs: not positive definite at damping 1e-09"
+    assert factor.isfinite().all()
+    again = Hessian(3, CPU)
+    again.add(inputs)
+    assert torch.equal(factor, again.inverse_factor(1e-9 * 10 ** len(caplog.messages)))
 
 
 def test_part_of_the_factor_belongs_to_the_hessian_of_the_later_inputs(sequences):

@@ -44,4 +44,4 @@ def test_the_target_is_exact_where_all_weights_are_equal():
 
 
 def test_it_looks_at_no_inputs():
-    assert MagnitudePruner(Magnitude()).new_statistic(8, torch.device("cpu")) is None
+    assert MagnitudePruner(Magnitude()).statistic is None

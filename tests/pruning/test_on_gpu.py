@@ -6,9 +6,22 @@ import torch
 from patch.methods import make_method
 from patch.models import prunable_linears
 from patch.pruning import prune_model
+from patch.pruning.hessian import Hessian
 from patch.sparsity.patterns import Pattern
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_hessian_of_half_precision_inputs_is_that_of_float64(dtype: torch.dtype) -> None:
+    inputs = torch.randn(6, 3000, 1500, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
+    statistic = Hessian(1500, torch.device("cuda"))
+    for part in inputs.split(2):
+        statistic.add(part)
+    tokens = inputs.flatten(0, 1).double()
+    expected = tokens.T @ tokens
+    size = expected.diagonal().sqrt()
+    assert ((statistic.sum - expected).triu().abs() / size / size.unsqueeze(1)).max() < 2e-5
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])

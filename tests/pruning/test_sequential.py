@@ -13,6 +13,7 @@ from patch.artefacts import PatchError
 from patch.methods import Dense, Magnitude, SparseGPT, Thanos, Wanda
 from patch.models import prunable_linears
 from patch.pruning import prune_model, sequential
+from patch.pruning.wanda import InputNorm
 from patch.sparsity.maskset import MaskSet
 from patch.sparsity.patterns import Pattern
 
@@ -175,13 +176,13 @@ def test_bfloat16_models_stay_bfloat16(tiny_model, tokens):
 
 def test_layers_with_the_same_inputs_share_one_statistic(tiny_model, tokens, monkeypatch):
     made = []
-    original = sequential.WandaPruner.new_statistic
 
-    def count(self, in_features, device):
-        made.append(in_features)
-        return original(self, in_features, device)
+    class Counted(InputNorm):
+        def __init__(self, in_features, device):
+            made.append(in_features)
+            super().__init__(in_features, device)
 
-    monkeypatch.setattr(sequential.WandaPruner, "new_statistic", count)
+    monkeypatch.setattr(sequential.WandaPruner, "statistic", Counted)
     prune_model(tiny_model("llama"), Wanda(), TWO_FOUR, 0.5, tokens())
     assert made == [64, 64, 64, 96] * 2  # q k v; o; gate up; down
 
@@ -306,6 +307,20 @@ def test_missing_calibration_is_told(method, tiny_model):
         prune_model(tiny_model("llama"), METHODS[method], TWO_FOUR, 0.5)
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "thanos"])
+def test_calibration_without_a_sequence_is_told(method, tiny_model, tokens):
+    with pytest.raises(PatchError, match=f"method {METHODS[method].title}: needs calibration tokens"):
+        prune_model(tiny_model("llama"), METHODS[method], TWO_FOUR, 0.5, tokens(samples=0))
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "thanos"])
+def test_a_single_token_of_calibration_is_enough(method, tiny_model, tokens):
+    """Far fewer tokens than inputs: damping alone keeps the Hessians regular."""
+    model = tiny_model("llama")
+    assert prune_model(model, METHODS[method], TWO_FOUR, 0.5, tokens(samples=1, length=1)).sparsity == 0.5
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_magnitude_needs_no_calibration(tiny_model):
     assert prune_model(tiny_model("llama"), Magnitude(), TWO_FOUR, 0.5).sparsity == 0.5
 
@@ -316,7 +331,7 @@ def test_patterns_that_a_method_cannot_make_are_refused(tiny_model, tokens):
 
 
 def test_dense_is_not_a_pruning_method(tiny_model):
-    with pytest.raises(PatchError, match="Dense: not a one-shot pruning method"):
+    with pytest.raises(PatchError, match="Dense: does not prune in one shot"):
         prune_model(tiny_model("llama"), Dense(), Pattern("dense"), 0.0)
 
 

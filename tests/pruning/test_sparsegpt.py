@@ -22,7 +22,7 @@ from patch.methods import Magnitude, SparseGPT, Wanda
 from patch.pruning.hessian import Hessian
 from patch.pruning.magnitude import MagnitudePruner
 from patch.pruning.sparsegpt import SparseGPTPruner
-from patch.pruning.wanda import WandaPruner
+from patch.pruning.wanda import InputNorm, WandaPruner
 from patch.sparsity.patterns import Pattern
 
 
@@ -142,7 +142,7 @@ def test_pruned_weights_are_exactly_zero_and_counted(pattern):
 def test_it_beats_magnitude_and_wanda_on_correlated_inputs():
     for seed in range(3):
         weight, sequences = weights(seed=seed), correlated(seed=10 + seed)
-        statistic = WandaPruner(Wanda()).new_statistic(WIDTH, CPU)
+        statistic = InputNorm(WIDTH, CPU)
         statistic.add(sequences)
         magnitude = weight * MagnitudePruner(Magnitude()).prune(weight, None, TWO_FOUR, 0.5).keep_mask
         wanda = weight * WandaPruner(Wanda()).prune(weight, statistic, TWO_FOUR, 0.5).keep_mask

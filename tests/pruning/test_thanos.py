@@ -191,6 +191,22 @@ def test_fewer_tokens_than_inputs_are_enough():
     np.testing.assert_allclose(pruned.new_weight.double().numpy(), expected, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 64, 100])
+def test_systems_of_any_size_are_solved_panel_by_panel(size):
+    roots = torch.randn(5, size, size, generator=generator(0)).double()
+    systems = (roots @ roots.mT / size + 0.1 * torch.eye(size)).float()
+    values = torch.randn(5, size, 1, generator=generator(1))
+    expected = torch.linalg.solve(systems.double(), values.double())
+    assert thanos._solve_(systems, values)
+    torch.testing.assert_close(values.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_system_that_fails_in_a_later_panel_is_noticed():
+    systems = torch.eye(40).repeat(3, 1, 1)
+    systems[1, 39, 39] = -1
+    assert not thanos._solve_(systems, torch.ones(3, 40, 1))
+
+
 def test_a_system_that_is_not_positive_definite_is_noticed():
     inverse = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
     block, both, one = torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool), torch.eye(2, dtype=torch.bool)

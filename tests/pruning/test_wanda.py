@@ -24,7 +24,7 @@ def inputs(batch: int = 3, length: int = 10, features: int = 32, seed: int = 0) 
 
 
 def statistic_of(*batches: torch.Tensor) -> InputNorm:
-    statistic = WandaPruner(Wanda()).new_statistic(batches[0].shape[-1], CPU)
+    statistic = InputNorm(batches[0].shape[-1], CPU)
     for batch in batches:
         statistic.add(batch)
     return statistic

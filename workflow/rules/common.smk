@@ -15,6 +15,7 @@ from patch.artefacts import PatchError, checksum_json
 from patch.cluster import needs
 from patch.cluster.site import Gpu, load_site
 from patch.experiments import load_experiment
+from patch.methods import METHODS
 from patch.provenance import code_hash
 
 # A large grid makes millions of objects that live to the end; looking for garbage among them takes a sixth of the time.
@@ -87,17 +88,6 @@ def collect_garbage_again():
     gc.enable()
 
 
-def refuse_unrunnable():
-    """End a real run at once where a cell's method is only listed; a dry-run shows such cells."""
-    methods = sorted({cell.method for cell in GRID.cells if not cell.runs})
-    if methods:
-        runnable = sorted({cell.method for cell in GRID.cells if cell.runs})
-        raise WorkflowError(
-            f"{EXPERIMENT.name}: this version cannot run {', '.join(methods)} yet; run the rest of the "
-            f"grid with --config 'only={{methods: [{', '.join(runnable)}]}}'."
-        )
-
-
 def prepare_model_options(wildcards):
     source = EXPERIMENT.models[wildcards.model]
     options = ["--model", source.source, "--dtype", source.dtype]
@@ -123,6 +113,13 @@ def training_options(wildcards):
     return shlex.join([*options, "--device", EXPERIMENT.device])
 
 
+def documents_options(wildcards):
+    text = EXPERIMENT.documents
+    return _token_options(
+        text.source, "documents", text.length, text.samples, str(text.seed)
+    )
+
+
 def perplexity_options(wildcards):
     text = EXPERIMENT.evaluation.perplexity[wildcards.text]
     return _token_options(text.source, "joined", text.length, text.windows, None)
@@ -144,8 +141,31 @@ def calibration_tokens(wildcards):
     )
 
 
+def released_mask(wildcards):
+    """Of cells whose mask is a published one, what is known of that file."""
+    cell = CELLS[wildcards.cell]
+    return released_file(cell) if cell.method == "released" else []
+
+
+def released_file(cell):
+    return f"{RUN}/{cell.path}/released.json"
+
+
+def released_options(wildcards):
+    cell = CELLS[wildcards.cell]
+    method = METHODS[cell.method](**cell.options)
+    options = ["--source", method.location(cell.sparsity), "--file", method.file]
+    return shlex.join(
+        options + (["--revision", method.revision] if method.revision else [])
+    )
+
+
 def training_tokens(wildcards):
-    return f"{RUN}/{CELLS[wildcards.cell].model}/tokens/training.safetensors"
+    return _training_file(CELLS[wildcards.cell])
+
+
+def _training_file(cell):
+    return f"{RUN}/{cell.model}/tokens/{METHODS[cell.method].text}.safetensors"
 
 
 def network_files():
@@ -157,8 +177,12 @@ def network_files():
         tokens = f"{RUN}/{cell.model}/tokens"
         if cell.calibration or cell.compression_calibration:
             files.append(f"{tokens}/calibration-seed-{cell.seed}.safetensors")
-        if cell.training and not cell.training.generated:
-            files.append(f"{tokens}/training.safetensors")
+        if cell.training and not (
+            cell.training == EXPERIMENT.training and EXPERIMENT.training.generated
+        ):
+            files.append(_training_file(cell))
+        if cell.method == "released":
+            files.append(released_file(cell))
     files += [f"{RUN}/tasks.json"] if EXPERIMENT.evaluation.tasks else []
     return list(dict.fromkeys(files))
 
@@ -171,8 +195,9 @@ def prior_masks(wildcards):
 
 def prune_options(wildcards, input):
     cell = CELLS[wildcards.cell]
-    text = ["--calibration", input.calibration] if cell.calibration else []
-    return shlex.join([*_method_options(cell), *text])
+    files = ["--calibration", input.calibration] if cell.calibration else []
+    files += ["--released", input.released] if cell.method == "released" else []
+    return shlex.join([*_method_options(cell), *files])
 
 
 def learn_options(wildcards, input):
@@ -308,7 +333,8 @@ def _needs_of(stage, name, attempt):
     """name: the cell, or the model of stages that serve all cells of a model; None for stages without any."""
     gpu = (SITE.gpu or Gpu()) if GPUS else None
     if stage == "prepare":
-        return needs.preparation(_parameters(name) if name else 0, attempt)
+        model = CELLS[name].model if name in CELLS else name
+        return needs.preparation(_parameters(model) if model else 0, attempt)
     if stage == "generate":
         text = EXPERIMENT.training
         tokens = text.samples * text.length * text.generated

@@ -1,4 +1,5 @@
-"""Mask learning: a MaskSet per cell, from one-shot masks and much text. Resumes from its last saved state."""
+"""Learning masks and training weights: a MaskSet per cell, from other masks and much text. Resumes from its last saved
+state."""
 
 
 rule learn:

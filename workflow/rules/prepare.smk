@@ -70,6 +70,26 @@ rule prepare_training:
         "python -m patch prepare tokens --model {input.model} {params.options} --output {output} > {log} 2>&1"
 
 
+rule prepare_documents:
+    input:
+        model=f"{RUN}/{{model}}/model.json",
+    output:
+        f"{RUN}/{{model}}/tokens/documents.safetensors",
+    log:
+        f"{LOGS}/{{model}}/documents.log",
+    benchmark:
+        f"{LOGS}/{{model}}/documents.tsv"
+    conda:
+        ENVIRONMENT
+    resources:
+        **cluster_resources("prepare"),
+    params:
+        options=documents_options,
+        code=code_hash("prepare"),
+    shell:
+        "python -m patch prepare tokens --model {input.model} {params.options} --output {output} > {log} 2>&1"
+
+
 rule prepare_text:
     input:
         model=f"{RUN}/{{model}}/model.json",
@@ -107,3 +127,21 @@ rule prepare_tasks:
         options=shlex.join(task_names()),
     shell:
         "python -m patch prepare tasks {params.options} --output {output} > {log} 2>&1"
+
+
+# Where a published mask lies, after downloading it.
+rule prepare_released:
+    output:
+        f"{RUN}/{{cell}}/released.json",
+    log:
+        f"{LOGS}/{{cell}}/released.log",
+    benchmark:
+        f"{LOGS}/{{cell}}/released.tsv"
+    conda:
+        ENVIRONMENT
+    resources:
+        **cluster_resources("prepare"),
+    params:
+        options=released_options,
+    shell:
+        "python -m patch prepare released {params.options} --output {output} > {log} 2>&1"

@@ -1,10 +1,15 @@
-"""One-shot pruning: a MaskSet per cell."""
+"""One-shot pruning: a MaskSet per cell.
+
+A job per cell, although `prune` can make several masks in one pass: Snakemake would delete or redo all of a job's masks
+when one of them fails or changes.
+"""
 
 
 rule prune:
     input:
         model=cell_model,
         calibration=calibration_tokens,
+        released=released_mask,
     output:
         mask=f"{RUN}/{{cell}}/prune/mask.safetensors",
         record=f"{RUN}/{{cell}}/prune/record.json",

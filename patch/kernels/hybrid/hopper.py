@@ -1,0 +1,212 @@
+"""Products with hybrid-tile weights on Hopper GPUs (H100, H200): the CUDA kernels, called with raw pointers.
+
+`decode` streams the weight past up to 128 tokens; `prefill` is for more. Both take activations and return results as
+`torch.nn.functional.linear` does, run on PyTorch's current stream and can be captured in CUDA graphs, once a first call
+outside the capture has compiled the kernels and made the schedule. A weight must not be in use on two streams at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patch.artefacts import PatchError
+from patch.kernels.hybrid import build
+from patch.kernels.hybrid.format import TILE_COLUMNS, HybridWeight
+from patch.kernels.hybrid.schedule import decode_schedule, prefill_order
+
+MOST_DECODE_TOKENS = 128
+_SPARSE_TIME = 0.6  # of a 2:4 tile in prefill, in those of a dense one
+_INT, _INT64, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_WIDTHS = (8, 16, 32, 64, 128)  # columns of one tensor-core instruction
+
+
+def supports(device: torch.device | str, tokens: int, weight: HybridWeight) -> str | None:
+    """Why no kernel here can multiply `weight` with `tokens` tokens on `device`; None if one can."""
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "the kernels need a CUDA GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return f"the kernels need a Hopper GPU (compute capability 9.0), this one has {capability[0]}.{capability[1]}"
+    if weight.in_features % 8:
+        return f"{weight.in_features} inputs are not a multiple of 8 (16 bytes)"
+    if tokens > MOST_DECODE_TOKENS and weight.out_features % 8:
+        return f"{weight.out_features} outputs are not a multiple of 8 (16 bytes)"
+    if weight.payload.data_ptr() % 16:
+        return "the weight's payload does not start at a multiple of 16 bytes"
+    if build.compiler() is None:
+        return "no CUDA compiler; install the CUDA toolkit, or set CUDA_HOME to its folder"
+    return None
+
+
+@dataclass(frozen=True)
+class DecodeTuning:
+    """How the decode kernel runs; the defaults of `_tuning` are measured ones."""
+
+    rows: int
+    """Rows of tiles that a block works on at a time, 1 or 2: more shares the activations, fewer the partial sums."""
+    blocks_per_processor: int
+    shared_kib: int
+    """Shared memory of a block: 226 (one block per multiprocessor) or 112 (two)."""
+    overlap: bool
+    """Programmatic dependent launch: start to read the weight while the kernel before is finishing."""
+
+
+def decode(x: Tensor, weight: HybridWeight, bias: Tensor | None = None, tuning: DecodeTuning | None = None) -> Tensor:
+    """x [..., in], 1 to 128 tokens in all -> x @ weight^T + bias, [..., out]. Repeats bit for bit.
+
+    Raises PatchError where dtypes, shapes or devices do not fit, and where the kernel cannot run (see `supports`).
+    """
+    rows, bias = _prepare(x, weight, bias)
+    tokens = len(rows)
+    if tokens > MOST_DECODE_TOKENS:
+        raise PatchError(f"decode kernel: {tokens} tokens are more than {MOST_DECODE_TOKENS}; use prefill.")
+    y = torch.empty(*x.shape[:-1], weight.out_features, dtype=x.dtype, device=x.device)
+    if not tokens:
+        return y
+    width = next(width for width in _WIDTHS if width >= tokens)
+    tuning = tuning or _tuning(weight, width)
+    plan = _decode_plan(weight, width, tuning)
+    sums = torch.empty(plan.blocks * 2 * tuning.rows * width * 128, dtype=torch.float32, device=x.device)
+    _check_launch(
+        _decode_function()(
+            x.dtype == torch.float16,
+            rows.data_ptr(),
+            rows.stride(0),
+            weight.payload.data_ptr(),
+            plan.schedule.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            sums.data_ptr(),
+            plan.arrivals.data_ptr(),
+            plan.schedule.shape[1],
+            plan.blocks,
+            tuning.rows,
+            weight.descriptors.shape[1],
+            weight.out_features,
+            weight.in_features,
+            tokens,
+            tuning.shared_kib,
+            tuning.overlap,
+            torch.cuda.current_stream(x.device).cuda_stream,
+        )
+    )
+    return y
+
+
+@dataclass(frozen=True)
+class _DecodePlan:
+    schedule: Tensor
+    arrivals: Tensor
+
+    @property
+    def blocks(self) -> int:
+        return len(self.schedule) - 1
+
+
+def _decode_plan(weight: HybridWeight, width: int, tuning: DecodeTuning) -> _DecodePlan:
+    """Made on first use, and kept with the weight."""
+    key = ("decode", width, tuning.rows, tuning.blocks_per_processor)
+    if key not in weight.plans:
+        processors = torch.cuda.get_device_properties(weight.device).multi_processor_count
+        unit_bytes = width * TILE_COLUMNS * 2
+        blocks = processors * tuning.blocks_per_processor
+        schedule = decode_schedule(weight.descriptors, tuning.rows, blocks, unit_bytes)
+        arrivals = torch.zeros(-(-len(weight.descriptors) // tuning.rows), dtype=torch.int32, device=weight.device)
+        weight.plans[key] = _DecodePlan(schedule, arrivals)
+    return weight.plans[key]
+
+
+def _tuning(weight: HybridWeight, width: int) -> DecodeTuning:
+    """Measured on an H200 at 4 shapes of LLaMA-2-7B: pairs of tile rows pay where there are many and tokens are few.
+
+    Overlap is safe here: making the schedule waits for the device, so a payload is complete before its first use.
+    """
+    tile_rows = len(weight.descriptors)
+    paired = (tile_rows >= 64 and width <= 16) or (tile_rows >= 128 and width <= 32)
+    return DecodeTuning(rows=2 if paired else 1, blocks_per_processor=1, shared_kib=226, overlap=True)
+
+
+def prefill(x: Tensor, weight: HybridWeight, bias: Tensor | None = None, cluster: int = 1) -> Tensor:
+    """x [..., in] -> x @ weight^T + bias, [..., out], by tiles of 256 tokens. Repeats bit for bit.
+
+    cluster: how many blocks share the activations they load: 1, 2 or 4.
+    Raises PatchError where dtypes, shapes or devices do not fit, and where the kernel cannot run (see `supports`).
+    """
+    rows, bias = _prepare(x, weight, bias)
+    if weight.out_features % 8:
+        raise PatchError(f"prefill kernel: {weight.out_features} outputs are not a multiple of 8 (16 bytes).")
+    y = torch.empty(*x.shape[:-1], weight.out_features, dtype=x.dtype, device=x.device)
+    if not len(rows):
+        return y
+    order = _prefill_order(weight, cluster)
+    _check_launch(
+        _prefill_function()(
+            x.dtype == torch.float16,
+            rows.data_ptr(),
+            rows.stride(0),
+            weight.payload.data_ptr(),
+            weight.descriptors.data_ptr(),
+            order.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            weight.descriptors.shape[0],
+            len(order),
+            weight.descriptors.shape[1],
+            weight.out_features,
+            weight.in_features,
+            len(rows),
+            cluster,
+            torch.cuda.current_stream(x.device).cuda_stream,
+        )
+    )
+    return y
+
+
+def _prefill_order(weight: HybridWeight, cluster: int) -> Tensor:
+    """Made on first use, and kept with the weight."""
+    key = ("prefill", cluster)
+    if key not in weight.plans:
+        weight.plans[key] = prefill_order(weight.descriptors, cluster, _SPARSE_TIME)
+    return weight.plans[key]
+
+
+def _prepare(x: Tensor, weight: HybridWeight, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Activations as [tokens, in] that the copy engine can read, and the bias, contiguous; all checked."""
+    place = f"hybrid weight of {weight.out_features}x{weight.in_features}"
+    if x.dtype != weight.dtype or x.device != weight.device or x.shape[-1] != weight.in_features:
+        raise PatchError(
+            f"{place} ({weight.dtype}, {weight.device}): activations are {x.dtype} {tuple(x.shape)} on {x.device}."
+        )
+    if bias is not None and (bias.dtype, bias.device, bias.shape) != (x.dtype, x.device, (weight.out_features,)):
+        raise PatchError(f"{place}: the bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}.")
+    reason = supports(x.device, x.numel() // weight.in_features, weight)
+    if reason:
+        raise PatchError(f"{place}: {reason}.")
+    rows = x.reshape(-1, weight.in_features)
+    if rows.stride(1) != 1 or rows.stride(0) % 8 or rows.stride(0) < weight.in_features or rows.data_ptr() % 16:
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    return rows, None if bias is None else bias.contiguous()
+
+
+def _decode_function() -> ctypes._NamedFuncPointer:
+    return _typed(build.load("decode").patch_decode, [_INT, _POINTER, _INT64, *[_POINTER] * 6, *[_INT] * 9, _POINTER])
+
+
+def _prefill_function() -> ctypes._NamedFuncPointer:
+    return _typed(build.load("prefill").patch_prefill, [_INT, _POINTER, _INT64, *[_POINTER] * 5, *[_INT] * 7, _POINTER])
+
+
+def _typed(function: ctypes._NamedFuncPointer, arguments: list[type]) -> ctypes._NamedFuncPointer:
+    if function.argtypes is None:
+        function.argtypes, function.restype = arguments, ctypes.c_char_p
+    return function
+
+
+def _check_launch(error: bytes | None) -> None:
+    if error:
+        raise PatchError(f"hybrid kernel: {error.decode()}.")

@@ -1,0 +1,160 @@
+"""The benchmarks of layers, generation and memory, run on a CPU: columns, and that they measure the right thing."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import transformers.masking_utils
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import patch
+from patch.artefacts import PatchError
+from patch.benchmarking import generation, layers, memory
+from patch.benchmarking.generation import Cost, Generator
+from patch.benchmarking.shapes import SHAPES, layer_shapes, random_mask, random_masks
+from patch.kernels.hybrid.fusion import fuse_linears
+from patch.models import prunable_linears
+from patch.sparsity.maskset import LinearMask, MaskSet
+from patch.sparsity.patterns import Pattern
+
+CPU = torch.device("cpu")
+LAYER_COLUMNS = [
+    "out_features", "in_features", "tokens", "sparsity_percent", "kernel", "us", "dense_us", "speedup", "floor_us",
+    "fraction_of_floor", "cusparselt_full_2_4_us", "max_relative_error", "gpu", "torch", "commit", "date",
+]  # fmt: skip
+GENERATION_COLUMNS = [
+    "model", "batch", "prefill_tokens", "generated_tokens", "sparsity_percent", "dense_tok_s", "hybrid_tok_s",
+    "speedup", "dense_gib", "hybrid_gib", "gpu", "torch", "commit", "date",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def known_limits(monkeypatch):
+    """1 GB/s and 1 G multiply-adds per second, which take seconds to measure."""
+    monkeypatch.setattr(layers, "_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(layers, "_rate", lambda device: 1e9)
+
+
+def test_a_layer_has_one_row_for_each_number_of_tokens():
+    rows = list(layers.measure(256, 128, [1, 64], 0.25, ["auto"], CPU))
+    assert [list(row) for row in rows] == [LAYER_COLUMNS] * 2
+    assert [row["tokens"] for row in rows] == [1, 64]
+    for row in rows:
+        assert (row["sparsity_percent"], row["kernel"], row["gpu"]) == (25.0, "reference", None)
+        assert row["speedup"] == pytest.approx(row["dense_us"] / row["us"], abs=2e-3)
+        assert row["max_relative_error"] < 0.01
+    # 1 of 2 tiles of 128 x 128 is 2:4; bytes for one token, multiply-adds for 64
+    size = 128 * 128 * (2 + 1.125) + 4 * 4
+    assert rows[0]["floor_us"] == pytest.approx((size + 2 * (256 + 128)) / 1e3, abs=0.02)
+    assert rows[1]["floor_us"] == pytest.approx(64 * 256 * 128 * 0.75 / 1e3, abs=0.02)
+
+
+def test_kernels_that_cannot_run_have_no_row_and_unknown_ones_are_named(caplog):
+    caplog.set_level("INFO")
+    assert list(layers.measure(128, 64, [1], 0.5, ["decode"], CPU)) == []
+    assert "128x64, 1 tokens: decode cannot run: the kernels need a CUDA GPU" in caplog.text
+    with pytest.raises(PatchError, match="kernel 'fastest': not one of auto, decode, prefill"):
+        list(layers.measure(128, 64, [1], 0.5, ["fastest"], CPU))
+
+
+def test_layers_of_a_model_are_those_that_run_fused():
+    assert set(layer_shapes("llama-2-7b", fused=True)) == {(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)}
+    assert set(layer_shapes("llama-3.1-8b", fused=True)) == {(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)}
+
+
+def test_learned_masks_are_measured_once_for_every_shape_and_sparsity():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(256, 128, generator=generator)
+    masks = {
+        str(number): random_mask(weight, share, (64, 64), generator) for number, share in enumerate([0.25, 0.25, 0.5])
+    }
+    dense = {"dense": LinearMask.dense((256, 128))}
+    found = layers.layers_of_masks(MaskSet(masks | dense))
+    assert [mask.sparsity for mask in found] == [0.25, 0.5]
+    with pytest.raises(PatchError, match="no layer of this mask has 2:4 tiles"):
+        layers.layers_of_masks(MaskSet(dense))
+
+
+@pytest.mark.parametrize(("sparsity", "tiles"), [(0.0, 0), (0.25, 4), (0.45, 7), (0.5, 8)])
+def test_random_masks_have_the_share_of_sparse_tiles_that_was_asked_for(sparsity, tiles):
+    mask = random_mask(torch.randn(256, 128), sparsity, (64, 64), torch.Generator().manual_seed(0))
+    assert mask.pattern == Pattern.parse("tiles:64x64")
+    assert int((~mask.dense_tiles()).sum()) == tiles
+
+
+@pytest.fixture
+def small_shape(monkeypatch):
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    monkeypatch.setitem(SHAPES, "small", config)
+    return "small"
+
+
+@pytest.mark.parametrize("fused", ["both", "hybrid", "none"])
+def test_generation_has_a_row_for_each_sparsity(small_shape, fused):
+    rows = list(generation.measure(small_shape, [0.25, 0.5], batch=2, prefill=5, generated=4, fused=fused, device=CPU))
+    assert [row["sparsity_percent"] for row in rows] == [25.0, 50.0]
+    for row in rows:
+        assert list(row)[: len(GENERATION_COLUMNS)] == GENERATION_COLUMNS
+        assert (row["stack"], row["fused"]) == ("eager", fused)
+        assert row["hybrid_gib"] <= row["dense_gib"]
+        assert row["hybrid_prefill_ms"] > 0
+
+
+def test_tokens_per_second_count_prompt_and_generated_ones():
+    cost = Cost(prefill_ms=100.0, decode_ms=10.0, gib=1.0)
+    assert cost.tokens_per_second(batch=16, prefill=128, generated=11) == pytest.approx(16 * 139 / 0.2)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_generated_tokens_are_those_of_transformers_every_time(architecture, fused, tiny_model):
+    model = tiny_model(architecture)
+    prompt = torch.randint(3, 256, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=7, min_new_tokens=7,
+                              do_sample=False)[:, 9:]  # fmt: skip
+    if fused:
+        fuse_linears(model)
+    generator = Generator(model, prompt, 7, compiled=False)
+    for _ in range(2):
+        assert torch.equal(generator(), expected)
+
+
+class NoReadback(TorchDispatchMode):
+    """Fails where a tensor's content decides what the host does next, which no CUDA graph can hold."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.__name__.partition(".")[0] not in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal"), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_prefill_and_decoding_read_nothing_back_so_graphs_can_hold_them(tiny_model, monkeypatch):
+    generator = Generator(tiny_model(), torch.randint(3, 256, (2, 9)), 7, compiled=False)
+    monkeypatch.setattr(transformers.masking_utils, "is_tracing", lambda tensor=None: True)  # as while capturing
+    with NoReadback():
+        generator.prefill()
+        generator.step()
+
+
+def test_memory_is_that_of_the_packed_layers(tiny_model):
+    model = tiny_model(hidden_size=128, intermediate_size=256).bfloat16()
+    masks = random_masks(model, 0.5, (128, 64))
+    weights = [linear.weight.numel() for linear in prunable_linears(model).values()]
+    row = memory.measure("tiny", model, masks)
+    assert row["dense_gib"] == round(2 * sum(weights) / 2**30, 4)
+    assert row["linear_layers"] == len(weights)
+    # down_proj 128 x 256: four 2:4 tiles and four descriptors
+    assert row["smallest_ratio"] == pytest.approx((4 * 9216 + 16) / (2 * 128 * 256), abs=1e-4)
+    assert row["whole_model_hybrid_gib"] <= row["whole_model_dense_gib"]
+    assert row["hybrid_layers"] == sum(isinstance(module, patch.HybridLinear) for module in model.modules())
+
+
+def test_names_of_shapes_are_checked():
+    for name in itertools.chain(SHAPES, ["12x16"]):
+        assert layer_shapes(name)
+    with pytest.raises(PatchError, match="not one of"):
+        layer_shapes("llama-1")
