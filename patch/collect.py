@@ -32,10 +32,11 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "sparsity": ("Float64", "target, percent"),
     "realised_sparsity": ("Float64", "pruned share of the prunable weights, percent"),
     "variant": ("string", "named hyper-parameter set"),
+    "compression": ("string", "named way to quantise the weights, or none"),
     "seed": ("Int64", "seed of the cell"),
     "status": ("string", "done, missing or excluded"),
     "reason": ("string", "why a cell is not done"),
-    "stage": ("string", "prune, learn or evaluate"),
+    "stage": ("string", "prune, learn, compress or evaluate"),
     "subject": ("string", "data set, task, layer, or model"),
     "metric": ("string", "perplexity, acc, acc_norm, sparsity, train_cross_entropy, wall_s, ..."),
     "value": ("Float64", "in the metric's unit; accuracies and sparsities are shares of 1"),
@@ -51,7 +52,20 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "transformers": ("string", "version"),
     "lm_eval": ("string", "version"),
 }
-IDENTITY = ("run", "cell", "cell_hash", "model", "source", "method", "title", "pattern", "sparsity", "variant", "seed")
+IDENTITY = (
+    "run",
+    "cell",
+    "cell_hash",
+    "model",
+    "source",
+    "method",
+    "title",
+    "pattern",
+    "sparsity",
+    "variant",
+    "compression",
+    "seed",
+)
 """The columns that say which cell a row belongs to."""
 STEP_COLUMNS: dict[str, tuple[str, str]] = {
     "step": ("Int64", "optimiser step, from 1"),
@@ -86,7 +100,7 @@ def collect(experiment: Experiment, results: Path | str) -> pd.DataFrame:
     grid = experiment.expand()
     rows: list[dict[str, Any]] = []
     for cell in grid.cells:
-        rows += _cell_rows(cell, Path(results) / experiment.name / cell.path)
+        rows += _cell_rows(cell, Path(results) / experiment.name)
     for cell, reason in grid.excluded:
         rows.append({**_identity(cell), "status": "excluded", "reason": reason})
     missing = [row for row in rows if row["status"] == "missing"]
@@ -97,17 +111,20 @@ def collect(experiment: Experiment, results: Path | str) -> pd.DataFrame:
 
 
 def collect_curves(experiment: Experiment, results: Path | str) -> pd.DataFrame:
-    """Read the curves of all cells of `experiment` whose mask was learned, by the settings and code of now."""
+    """Read the curves of all cells of `experiment` whose mask was learned, by the settings and code of now.
+
+    Compressed cells have those of the mask that they use.
+    """
     tables = []
     for cell in experiment.cells():
-        directory = Path(results) / experiment.name / cell.path
-        if cell.mask_stage != "learn":
+        run = Path(results) / experiment.name
+        if cell.mask_stage != "learn" or cell.compression_options:
             continue
         try:
-            _record(cell, directory, "learn")
+            _record(cell, run, "learn")
         except PatchError:  # `collect` says so
             continue
-        tables.append(_cell_curves(cell, directory / "learn" / CURVES))
+        tables.append(_cell_curves(cell, run / cell.folder("learn") / CURVES))
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(CURVE_COLUMNS))
     return table.astype({name: dtype for name, (dtype, _) in CURVE_COLUMNS.items()})
 
@@ -151,10 +168,9 @@ def _read(path: Path, columns: Mapping[str, Any]) -> pd.DataFrame:
     return table
 
 
-def _cell_rows(cell: Cell, directory: Path) -> list[dict[str, Any]]:
-    stages: list[Stage] = [cell.mask_stage, "evaluate"] if cell.mask_stage else ["evaluate"]
+def _cell_rows(cell: Cell, run: Path) -> list[dict[str, Any]]:
     try:
-        records = [_record(cell, directory, stage) for stage in stages]
+        records = [_record(cell, run, stage) for stage in cell.stages]
     except PatchError as error:
         return [{**_identity(cell), "status": "missing", "reason": str(error)}]
     return [row for record in records for row in _record_rows(cell, record, _realised(records))]
@@ -168,11 +184,12 @@ def _cell_curves(cell: Cell, path: Path) -> pd.DataFrame:
     return table.assign(**_identity(cell))[list(CURVE_COLUMNS)]
 
 
-def _record(cell: Cell, directory: Path, stage: Stage) -> Record:
+def _record(cell: Cell, run: Path, stage: Stage) -> Record:
     """Raises PatchError when it is missing or not of the cell's settings and code."""
-    record = Record.read(directory / stage)
+    directory = run / cell.folder(stage)
+    record = Record.read(directory)
     if record.key != cell.key(stage):
-        raise PatchError(f"{directory / stage}: made by other settings or code; run the stage again")
+        raise PatchError(f"{directory}: made by other settings or code; run the stage again")
     return record
 
 
@@ -209,6 +226,7 @@ def _identity(cell: Cell) -> dict[str, Any]:
         "pattern": cell.pattern,
         "sparsity": cell.sparsity,
         "variant": cell.variant,
+        "compression": cell.compression,
         "seed": cell.seed,
     }
 

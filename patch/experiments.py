@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from patch.artefacts import PatchError, checksum_json
+from patch.compression.options import Compression
 from patch.config_errors import Layers, explain, nearest, origin
 from patch.methods import METHODS, Method, MethodName, Trained
 from patch.provenance import code_hash
@@ -26,8 +27,10 @@ TASKS = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa"
 """The paper's eight zero-shot tasks, in the order of its tables."""
 
 
-Stage = Literal["prune", "learn", "evaluate"]
-"""The stages of a cell: one that makes its mask, and one that measures."""
+Stage = Literal["prune", "learn", "compress", "evaluate"]
+"""The stages of a cell: one that makes its mask, one that quantises where asked to, and one that measures."""
+UNCOMPRESSED = "none"
+"""The compression of cells whose weights stay as they are."""
 
 # Names of models and variants are folders of the results; "seed-N" is taken.
 Folder = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
@@ -139,7 +142,7 @@ class Evaluation(Closed):
 
 
 class GridBlock(Closed):
-    """A product of methods, patterns, sparsities and variants (times models and seeds)."""
+    """A product of methods, patterns, sparsities, variants and compressions (times models and seeds)."""
 
     methods: tuple[MethodName, ...]
     patterns: tuple[str, ...] = ("2:4",)
@@ -148,6 +151,8 @@ class GridBlock(Closed):
     """Targets in percent, for patterns that do not fix it."""
     variants: tuple[str, ...] = ("default",)
     """Names from `variants`."""
+    compressions: tuple[str, ...] = (UNCOMPRESSED,)
+    """Names from `compressions`; none for weights in the model's own precision."""
     models: tuple[str, ...] | None = None
     """Only these models; None for all."""
 
@@ -160,6 +165,7 @@ class Selection(Closed):
     patterns: tuple[str, ...] | None = None
     sparsities: tuple[float, ...] | None = None
     variants: tuple[str, ...] | None = None
+    compressions: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
 
     def matches(self, cell: Cell) -> bool:
@@ -169,6 +175,7 @@ class Selection(Closed):
             (cell.pattern, self.patterns),
             (cell.sparsity, self.sparsities),
             (cell.variant, self.variants),
+            (cell.compression, self.compressions),
             (cell.seed, self.seeds),
         ]
         return all(allowed is None or value in allowed for value, allowed in pairs)
@@ -199,6 +206,8 @@ class Experiment(Closed):
     are made with them, too."""
     variants: dict[Folder, dict[MethodName, dict[str, Any]]] = {}
     """Named hyper-parameter sets: variant, then method, then values; other methods skip the variant."""
+    compressions: dict[Folder, Compression] = {}
+    """Named ways to quantise the weights after pruning, with or without low-rank adapters (SLiM)."""
     exclude: tuple[Exclusion, ...] = ()
     """Cells left out, each with its reason."""
     only: Selection = Selection()
@@ -252,7 +261,8 @@ class Experiment(Closed):
                     continue
                 for method, pattern, sparsity, variant in _block_product(self, block):
                     for seed in self.seeds if method != "dense" else self.seeds[:1]:
-                        yield self._cell(model, method, pattern, sparsity, variant, seed)
+                        cell = self._cell(model, method, pattern, sparsity, variant, seed)
+                        yield from (self._compressed(cell, name) for name in block.compressions)
 
     def _cell(
         self, model: str, method: MethodName, pattern: str, sparsity: float, variant: str = "default", seed: int = 0
@@ -284,6 +294,15 @@ class Experiment(Closed):
                 for role, other in _prerequisites(chosen, pattern, sparsity).items()
             },
             evaluation=self.evaluation,
+        )
+
+    def _compressed(self, cell: Cell, name: str) -> Cell:
+        if name == UNCOMPRESSED:
+            return cell
+        options = self.compressions[name]
+        calibration = self.calibration if options.uses_calibration else None
+        return cell.model_copy(
+            update={"compression": name, "compression_options": options, "compression_calibration": calibration}
         )
 
     def _prerequisite(self, model: str, method: MethodName, pattern: str, sparsity: float, seed: int) -> Cell:
@@ -325,15 +344,23 @@ class Cell(Closed):
     of the same sparsity; "start", one of the same pattern and sparsity whose weights are trained further. They are as
     the grid would hold them: same seed, the experiment's options, no variant."""
     evaluation: Evaluation
+    compression: str = UNCOMPRESSED
+    """Its name."""
+    compression_options: Compression | None = None
+    """None where the weights stay as they are."""
+    compression_calibration: Calibration | None = None
+    """What adapters look at; None where there are none."""
 
     @property
     def path(self) -> str:
-        """Folder below results/RUN: model/method/sparsity-pattern[/variant][/seed-N]."""
+        """Folder below results/RUN: model/method/sparsity-pattern[/variant][/compression][/seed-N]."""
         parts = [self.model, self.method]
         if self.method != "dense":
             parts.append(f"{self.sparsity:g}-{Pattern.parse(self.pattern).slug}")
         if self.variant != "default":
             parts.append(self.variant)
+        if self.compression_options:
+            parts.append(self.compression)
         if self.seed != 0:
             parts.append(f"seed-{self.seed}")
         return "/".join(parts)
@@ -345,20 +372,46 @@ class Cell(Closed):
             return None
         return "learn" if METHODS[self.method].learned else "prune"
 
+    @property
+    def stages(self) -> list[Stage]:
+        """All its stages, in order."""
+        found: list[Stage | None] = [self.mask_stage, "compress" if self.compression_options else None, "evaluate"]
+        return [stage for stage in found if stage]
+
+    @property
+    def uncompressed(self) -> Cell:
+        """The cell whose mask this one uses: itself unless it is compressed."""
+        none = {"compression": UNCOMPRESSED, "compression_options": None, "compression_calibration": None}
+        return self.model_copy(update=none) if self.compression_options else self
+
+    def folder(self, stage: Stage) -> str:
+        """Where a stage's results lie below results/RUN. Masks are made once for all ways to compress."""
+        owner = self.uncompressed if stage in ("prune", "learn") else self
+        return f"{owner.path}/{stage}"
+
     def with_prerequisites(self) -> Iterator[Cell]:
         """All cells whose masks this one starts from, directly or not, then the cell itself."""
-        for cell in self.prerequisites.values():
-            yield from cell.with_prerequisites()
+        if self.compression_options and self.mask_stage:
+            yield from self.uncompressed.with_prerequisites()
+        else:
+            for cell in self.prerequisites.values():
+                yield from cell.with_prerequisites()
         yield self
 
     def key(self, stage: Stage) -> str:
         """Hash of everything that determines the numbers of a stage: settings, code, and the masks it starts from."""
         content: dict[str, Any] = {"code": code_hash(stage), "model": self.source.model_dump(exclude={"methods"})}
-        if stage == "evaluate":
-            content |= {
-                "mask": self.key(self.mask_stage) if self.mask_stage else None,
-                "evaluation": self.evaluation.model_dump(),
-            }
+        if stage in ("compress", "evaluate"):
+            content["mask"] = self.key(self.mask_stage) if self.mask_stage else None
+        if stage == "compress":
+            assert self.compression_options
+            content["compression"] = self.compression_options.model_dump(exclude={"inputs"})
+            texts = self.compression_calibration
+            content["calibration"] = [texts.model_dump(), self.seed] if texts else None
+        elif stage == "evaluate":
+            content["evaluation"] = self.evaluation.model_dump()
+            if self.compression_options:
+                content |= {"compression": self.key("compress"), "inputs": self.compression_options.inputs}
         else:
             content |= {
                 "method": self.method,
@@ -390,7 +443,7 @@ class Grid:
 
     @property
     def prerequisites(self) -> list[Cell]:
-        """Cells outside the grid whose masks learning starts from: only their mask is made."""
+        """Cells outside the grid whose masks others start from: only their mask is made."""
         measured = {cell.path for cell in self.cells}
         needed = {part.path: part for cell in self.cells for part in cell.with_prerequisites()}
         return [cell for path, cell in needed.items() if path not in measured]
@@ -405,7 +458,7 @@ class Grid:
             levels = list(dict.fromkeys(cell.path.split("/")[2] for cell in of_method if cell.method != "dense"))
             lines.append(f"  {METHODS[method].title:12} {len(of_method):4}  {', '.join(levels)}".rstrip())
         if self.prerequisites:
-            lines.append(f"  only to learn from: {', '.join(cell.path for cell in self.prerequisites)}")
+            lines.append(f"  only for their masks: {', '.join(cell.path for cell in self.prerequisites)}")
         reasons: dict[str, list[str]] = {}
         for cell, reason in self.excluded:
             reasons.setdefault(reason, []).append(cell.path)
@@ -449,7 +502,7 @@ def options_markdown() -> str:
     lines = ["# Config keys", "", "Generated from `patch/experiments.py` and `patch/methods.py`; do not edit.", ""]
     sections: list[type[BaseModel]] = [
         Experiment, ModelSource, GridBlock, Selection, Exclusion, Calibration, Training, Documents, Evaluation,
-        PerplexityText, Tasks,
+        PerplexityText, Tasks, Compression,
     ]  # fmt: skip
     for model in sections:
         lines += [f"## {model.__name__}", "", _first_sentence(model), "", *_options_table(model)]
@@ -555,7 +608,11 @@ def _check_references(experiment: Experiment, layers: Layers) -> None:
         *((("grid", number), block) for number, block in enumerate(experiment.grid)),
     ]
     for where, part in parts:
-        for key, known in (("models", list(experiment.models)), ("variants", ["default", *experiment.variants])):
+        for key, known in (
+            ("models", list(experiment.models)),
+            ("variants", ["default", *experiment.variants]),
+            ("compressions", [UNCOMPRESSED, *experiment.compressions]),
+        ):
             for name in getattr(part, key) or ():
                 if name not in known:
                     location = [*where, key]

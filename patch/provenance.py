@@ -20,7 +20,9 @@ STAGE_MODULES = {
     "prepare": ("patch.embedded", "patch.data", "patch.models"),
     "prune": ("patch.pruning",),
     "learn": ("patch.learning",),
-    "evaluate": ("patch.evaluation",),
+    "compress": ("patch.compression.compress",),
+    # Adapters and quantised inputs compute while the model runs.
+    "evaluate": ("patch.evaluation", "patch.compression.artefact", "patch.compression.inputs"),
     "collect": ("patch.collect",),
     "report": ("patch.reporting",),
 }

@@ -507,8 +507,8 @@ def test_prerequisites_outside_the_grid_are_listed_once_and_are_no_cells():
     grid = experiment(**LEARNED).expand()
     assert [cell.path for cell in grid.cells] == [MASKLLM, JOINT, TILE]
     assert [cell.path for cell in grid.prerequisites] == ["tiny/sparsegpt/50-2of4", "tiny/sparsegpt/45-unstructured"]
-    assert "only to learn from: tiny/sparsegpt/50-2of4, tiny/sparsegpt/45-unstructured" in grid.summary()
-    assert "only to learn from" not in experiment().expand().summary()
+    assert "only for their masks: tiny/sparsegpt/50-2of4, tiny/sparsegpt/45-unstructured" in grid.summary()
+    assert "only for their masks" not in experiment().expand().summary()
 
 
 def test_an_excluded_cell_may_still_be_learned_from():

@@ -61,7 +61,7 @@ def test_learned_cells_come_after_the_masks_that_they_start_from(tmp_path: Path)
     assert "--set learning_rate=0.001 " in learned[tile]  # of this model only
     assert len(commands(output, "prune")) == 2
     assert len(commands(output, "evaluate")) == 1  # what others start from is not measured
-    assert "only to learn from: llama-2-13b/sparsegpt/50-2of4, llama-2-13b/maskllm/50-2of4" in output
+    assert "only for their masks: llama-2-13b/sparsegpt/50-2of4, llama-2-13b/maskllm/50-2of4" in output
     training = next(command for command in commands(output, "prepare tokens") if "training.safetensors" in command)
     assert "--source slimpajama --sampling packed --length 4096 --samples 512000 --output" in training
 

@@ -15,6 +15,7 @@ import typer
 
 from patch.artefacts import PatchError
 from patch.cli import benchmark, cluster, config, prepare, results
+from patch.cli.compress import compress
 from patch.cli.evaluate import evaluate
 from patch.cli.export import export
 from patch.cli.inspect import inspect
@@ -30,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(prepare.app, name="prepare")
-STAGES: list[Callable[..., None]] = [prune, learn, evaluate, export, inspect]
+STAGES: list[Callable[..., None]] = [prune, learn, compress, evaluate, export, inspect]
 RESULTS: list[Callable[..., None]] = [
     results.collect, results.tables, results.figures, results.mlflow, results.show, results.status,
 ]  # fmt: skip

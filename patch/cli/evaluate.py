@@ -31,6 +31,8 @@ def evaluate(
     model: Model,
     output: Output,
     mask: Annotated[Path | None, typer.Option(help="mask.safetensors of `prune`; none for the dense model.")] = None,
+    compressed: Annotated[Path | None, typer.Option(help="compressed.safetensors of `compress`, instead.")] = None,
+    inputs: Annotated[str, typer.Option(help="Quantise the layers' inputs: none, int8 or float8.")] = "none",
     text: Annotated[
         list[str] | None,
         typer.Option(help="NAME=TOKENS for perplexity: a token file or a text source, e.g. wikitext2=wikitext2."),
@@ -54,6 +56,8 @@ def evaluate(
     import pandas as pd
 
     from patch.artefacts import atomic_path
+    from patch.compression.artefact import CompressedSet
+    from patch.compression.inputs import quantise_inputs_
     from patch.evaluation import evaluate_model
     from patch.experiments import Tasks
     from patch.models import load_model, load_tokenizer, prunable_linears
@@ -62,6 +66,8 @@ def evaluate(
 
     if not text and not task:
         raise PatchError("nothing to measure: give at least one --text or --task.")
+    if mask and compressed:
+        raise PatchError("--mask and --compressed: give one; a compressed file holds the mask that it was made with.")
     limits = {name: parse_integer(name, value) for name, value in parse_pairs(limit_for or [], "--limit-for").items()}
     tasks = (
         Tasks(names=tuple(task), source=task_source, limit=limit, limits=limits, batch_size=batch_size)
@@ -74,6 +80,8 @@ def evaluate(
             "revision": revision,
             "dtype": dtype,
             "mask": str(mask) if mask else None,
+            "compressed": str(compressed) if compressed else None,
+            "inputs": inputs,
             "texts": text,
             "tasks": tasks.model_dump() if tasks else None,
         }
@@ -87,6 +95,11 @@ def evaluate(
                 masks.apply_(linears)
                 record.inputs["mask"] = masks.checksum
             loaded.to(device_name(device))  # type: ignore[arg-type]
+            if compressed:
+                weights = CompressedSet.load(compressed)
+                weights.apply_(linears)
+                record.inputs["compressed"] = weights.checksum
+            quantise_inputs_(linears.values(), inputs)
             texts = {
                 name: tokens_from(source, model, revision, "joined", None, length, None)
                 for name, source in parse_pairs(text or [], "--text").items()

@@ -93,6 +93,14 @@ def stage(
         solving = 600 * parameters / 1e9 if cell.method in ("sparsegpt", "thanos") else 0
         seconds = 4 * parameters * looked_at / _flops(gpu, threads) + solving * (1 if gpu else 10 / threads)
         memory += 8 * looked_at * _width(parameters) / 2**30  # inputs and outputs of the block under way
+    elif name == "compress":
+        text = cell.compression_calibration
+        looked_at = text.samples * text.length if text else 0
+        adapters = cell.compression_options is not None and cell.compression_options.adapter_rank > 0
+        # Eigenvectors of a matrix as wide as the model in float64, for each layer.
+        decomposing = 150 * (parameters / 1e9) * (_width(parameters) / 2048) if adapters else 0
+        seconds = 4 * parameters * looked_at / _flops(gpu, threads) + decomposing * (1 if gpu else 20 / threads)
+        memory += 8 * looked_at * _width(parameters) / 2**30 + (0 if gpu else 100 * _width(parameters) ** 2 / 2**30)
     else:
         texts = cell.evaluation.perplexity.values()
         tokens = sum(text.length * (text.windows or 340_000 / text.length) for text in texts) + _task_tokens(cell)

@@ -50,10 +50,9 @@ def grid_status(
     measured = {cell.path for cell in grid.cells}
     found = []
     for cell in [*grid.prerequisites, *grid.cells]:
-        stages: list[Stage] = [cell.mask_stage] if cell.mask_stage else []
-        stages += ["evaluate"] if cell.path in measured else []
-        for stage in stages:
-            folder = results / experiment.name / cell.path / stage
+        masks: list[Stage] = [cell.mask_stage] if cell.mask_stage and not cell.compression_options else []
+        for stage in masks + [stage for stage in cell.stages if stage != cell.mask_stage and cell.path in measured]:
+            folder = results / experiment.name / cell.folder(stage)
             found.append(_stage_status(cell, stage, folder, tasks.get(str(folder / "record.json")), states))
     return found
 

@@ -129,6 +129,50 @@ def _prune(
     return [run.error or MaskSet(run.masks, base) for run in runs]
 
 
+def calibrated_blocks(
+    model: PreTrainedModel,
+    linears: dict[str, nn.Linear],
+    kind: type[Statistic],
+    calibration: TokenSet | None,
+    device: str,
+) -> Iterator[tuple[dict[str, nn.Linear], dict[str, Statistic]]]:
+    """Block after block on `device`: those of `linears` in it, and the statistics of their inputs.
+
+    What the caller makes of a block's layers before it asks for the next one is what the next one's inputs come from.
+    calibration: None for no statistics. Raises PatchError as `prune_model` does. Call it without gradients.
+    """
+    prefix, blocks = decoder_blocks(model)
+    states = _HiddenStates(model, calibration, device) if calibration else None
+    with _without_tf32():
+        for index, block in track(list(enumerate(blocks)), "block", log):
+            layers = {name: linear for name, linear in linears.items() if name.startswith(f"{prefix}.{index}.")}
+            with _on_device(block, device):
+                statistics: dict[str, Statistic] = {}
+                if states:
+                    wanted = {name: (linear, [kind]) for name, linear in layers.items()}
+                    statistics = _accumulate(states, index, block, wanted, None)[kind]
+                    _check_statistics(layers, statistics)
+                yield layers, statistics
+                statistics.clear()  # the caller's, too, before anything else needs memory
+                if states:
+                    outputs = states.buffer(last_use=True)
+                    states.advance(index, block, outputs)
+                    states = states.following(outputs)
+
+
+def _check_statistics(layers: dict[str, nn.Linear], statistics: dict[str, Statistic]) -> None:
+    """Raise PatchError where a layer saw no tokens, or NaN or Inf."""
+    for name in layers:
+        if name not in statistics:
+            raise PatchError(f"layer {name}: saw no calibration tokens; use more calibration text.")
+    for name, statistic in statistics.items():  # in order of execution: the first one is the cause
+        if name in layers and not statistic.is_finite():
+            raise PatchError(
+                f"layer {name}: its inputs hold NaN or Inf during calibration; "
+                "load the model in bfloat16 or float32 (float16 overflows in some models)."
+            )
+
+
 @dataclass
 class _Run:
     """A job under way."""
@@ -177,15 +221,8 @@ class _Run:
 
     def prune(self, layers: dict[str, nn.Linear], statistics: dict[str, Statistic]) -> None:
         """Prune layers of a block in place and keep their masks."""
-        for name in layers:
-            if self.uses_calibration and name not in statistics:
-                raise PatchError(f"layer {name}: saw no calibration tokens; use more calibration text.")
-        for name, statistic in statistics.items():  # in order of execution: the first one is the cause
-            if name in layers and not statistic.is_finite():
-                raise PatchError(
-                    f"layer {name}: its inputs hold NaN or Inf during calibration; "
-                    "load the model in bfloat16 or float32 (float16 overflows in some models)."
-                )
+        if self.uses_calibration:
+            _check_statistics(layers, statistics)
         for name, linear in layers.items():
             pruned = _prune_linear(name, linear, self.pruner, statistics.get(name), self.job.pattern, self.job.sparsity)
             self.masks[name] = pruned

@@ -167,6 +167,30 @@ class LinearMask:
         if self.values is not None and self.values.numel() != self.kept:
             raise ValueError(f"{self.values.numel()} values for {self.kept} kept weights")
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file holds of it, by the suffix of the layer's name; `description` goes into the header."""
+        found = {"codes" if _uses_codes(self.pattern) else "keep": self.packed}
+        for suffix, tensor in (("tiles", self.packed_tiles), ("values", self.values)):
+            if tensor is not None:
+                found[suffix] = tensor
+        return found
+
+    def description(self) -> dict[str, Any]:
+        return {"pattern": str(self.pattern), "shape": list(self.shape)}
+
+    @classmethod
+    def from_tensors(cls, name: str, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LinearMask:
+        """Inverse of `tensors` (here with NAME. before them) and `description`, unverified.
+
+        Raises ValueError where the mask is not among them.
+        """
+        pattern = Pattern.parse(description["pattern"])
+        packed = tensors.get(f"{name}.{'codes' if _uses_codes(pattern) else 'keep'}")
+        if packed is None:
+            raise ValueError("its mask is not in the file; delete it and run its stage again.")
+        height, width = description["shape"]
+        return cls(pattern, (height, width), packed, tensors.get(f"{name}.tiles"), tensors.get(f"{name}.values"))
+
     def to(self, device: torch.device | str) -> LinearMask:
         """The same mask with its tensors on `device`."""
         tensors = (self.packed, self.packed_tiles, self.values)
@@ -198,12 +222,8 @@ class MaskSet:
         tensors: dict[str, Tensor] = {}
         layers: dict[str, dict[str, Any]] = {}
         for name, mask in self.linears.items():
-            layers[name] = {"pattern": str(mask.pattern), "shape": list(mask.shape)}
-            tensors[f"{name}.{'codes' if _uses_codes(mask.pattern) else 'keep'}"] = mask.packed
-            if mask.packed_tiles is not None:
-                tensors[f"{name}.tiles"] = mask.packed_tiles
-            if mask.values is not None:
-                tensors[f"{name}.values"] = mask.values
+            layers[name] = mask.description()
+            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in mask.tensors().items()}
         metadata = {"linears": layers, "base_fingerprint": self.base_fingerprint, "recipe": self.recipe}
         self.checksum = write_tensors(path, tensors, SCHEMA, metadata)
         return self.checksum
@@ -214,16 +234,10 @@ class MaskSet:
         tensors, metadata, checksum = read_tensors(path, SCHEMA)
         linears = {}
         for name, layer in metadata["linears"].items():
-            pattern = Pattern.parse(layer["pattern"])
-            packed = tensors.get(f"{name}.{'codes' if _uses_codes(pattern) else 'keep'}")
-            if packed is None:
-                raise PatchError(
-                    f"{path}: layer {name}: its mask is not in the file; delete it and run its stage again."
-                )
-            shape = (layer["shape"][0], layer["shape"][1])
-            linears[name] = LinearMask(
-                pattern, shape, packed, tensors.get(f"{name}.tiles"), tensors.get(f"{name}.values")
-            )
+            try:
+                linears[name] = LinearMask.from_tensors(name, layer, tensors)
+            except ValueError as error:
+                raise PatchError(f"{path}: layer {name}: {error}") from None
         masks = cls(linears, metadata["base_fingerprint"], metadata["recipe"], checksum)
         masks._verify(path)
         return masks
@@ -234,24 +248,7 @@ class MaskSet:
         Raises PatchError, before anything changes, where names, shapes or the weights themselves belong
         to another model.
         """
-        if self.linears.keys() != linears.keys():
-            missing, extra = sorted(self.linears.keys() - linears.keys()), sorted(linears.keys() - self.linears.keys())
-            raise PatchError(
-                f"the mask belongs to another model: {len(missing)} of its layers are not in this model "
-                f"({', '.join(missing[:3]) or 'none'}), {len(extra)} of the model's are not in the mask "
-                f"({', '.join(extra[:3]) or 'none'})."
-            )
-        for name, linear in linears.items():
-            if tuple(linear.weight.shape) != self.linears[name].shape:
-                raise PatchError(
-                    f"layer {name}: the mask is for shape {self.linears[name].shape}, "
-                    f"the model has {tuple(linear.weight.shape)}; they belong to different models."
-                )
-        if self.base_fingerprint is not None and fingerprint(linears) != self.base_fingerprint:
-            raise PatchError(
-                "the mask belongs to another model: names and shapes agree but the weights differ "
-                "(another checkpoint or revision, or a model that is already pruned)."
-            )
+        check_model(self.linears, self.base_fingerprint, linears)
         for name, linear in linears.items():
             self.linears[name].apply_(linear.weight)
 
@@ -261,6 +258,30 @@ class MaskSet:
                 mask.verify()
             except ValueError as error:
                 raise PatchError(f"{path}: layer {name}: {error}; the mask is not valid.") from None
+
+
+def check_model(
+    masks: Mapping[str, LinearMask], base_fingerprint: str | None, linears: Mapping[str, nn.Linear]
+) -> None:
+    """Raise PatchError unless the masks were made for the model of these linears, judged by names, shapes, weights."""
+    if masks.keys() != linears.keys():
+        missing, extra = sorted(masks.keys() - linears.keys()), sorted(linears.keys() - masks.keys())
+        raise PatchError(
+            f"the mask belongs to another model: {len(missing)} of its layers are not in this model "
+            f"({', '.join(missing[:3]) or 'none'}), {len(extra)} of the model's are not in the mask "
+            f"({', '.join(extra[:3]) or 'none'})."
+        )
+    for name, linear in linears.items():
+        if tuple(linear.weight.shape) != masks[name].shape:
+            raise PatchError(
+                f"layer {name}: the mask is for shape {masks[name].shape}, "
+                f"the model has {tuple(linear.weight.shape)}; they belong to different models."
+            )
+    if base_fingerprint is not None and fingerprint(linears) != base_fingerprint:
+        raise PatchError(
+            "the mask belongs to another model: names and shapes agree but the weights differ "
+            "(another checkpoint or revision, or a model that is already pruned)."
+        )
 
 
 def fingerprint(linears: Mapping[str, nn.Linear], samples: int = 256) -> str:

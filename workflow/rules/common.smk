@@ -174,8 +174,8 @@ def network_files():
     files = [f"{RUN}/{model}/model.json" for model in models]
     files += [path for cell in models.values() for path in _texts(cell.model).values()]
     for cell in CELLS.values():
-        if cell.calibration:
-            tokens = f"{RUN}/{cell.model}/tokens"
+        tokens = f"{RUN}/{cell.model}/tokens"
+        if cell.calibration or cell.compression_calibration:
             files.append(f"{tokens}/calibration-seed-{cell.seed}.safetensors")
         if cell.training and not (
             cell.training == EXPERIMENT.training and EXPERIMENT.training.generated
@@ -221,7 +221,26 @@ def cell_model(wildcards):
 
 
 def mask_file(cell):
-    return f"{RUN}/{cell.path}/{cell.mask_stage}/mask.safetensors"
+    return f"{RUN}/{cell.folder(cell.mask_stage)}/mask.safetensors"
+
+
+def compress_inputs(wildcards):
+    cell = CELLS[wildcards.cell]
+    calibration = f"{RUN}/{cell.model}/tokens/calibration-seed-{cell.seed}.safetensors"
+    return {
+        "model": f"{RUN}/{cell.model}/model.json",
+        "mask": mask_file(cell) if cell.mask_stage else [],
+        "calibration": calibration if cell.compression_calibration else [],
+    }
+
+
+def compress_options(wildcards, input):
+    cell = CELLS[wildcards.cell]
+    options = ["--mask", input.mask] if input.mask else []
+    options += ["--calibration", input.calibration] if input.calibration else []
+    for name, value in cell.compression_options.model_dump(exclude={"inputs"}).items():
+        options += ["--set", f"{name}={json.dumps(value)}"]
+    return shlex.join([*options, "--device", EXPERIMENT.device])
 
 
 def evaluate_inputs(wildcards):
@@ -230,9 +249,16 @@ def evaluate_inputs(wildcards):
     return {
         **_texts(cell.model),
         "model": f"{RUN}/{cell.model}/model.json",
-        "mask": mask_file(cell) if cell.mask_stage else [],
+        **_weights(cell),
         "tasks": f"{RUN}/tasks.json" if EXPERIMENT.evaluation.tasks else [],
     }
+
+
+def _weights(cell):
+    """The file that gives the model its weights, by the option of `evaluate` that takes it; none for the dense model."""
+    if cell.compression_options:
+        return {"compressed": f"{RUN}/{cell.folder('compress')}/compressed.safetensors"}
+    return {"mask": mask_file(cell)} if cell.mask_stage else {}
 
 
 def _texts(model):
@@ -248,13 +274,13 @@ def task_names():
 
 
 def evaluate_options(wildcards, input):
-    mask = ["--mask", input.mask] if input.mask else []
-    texts = [
-        item
-        for name, file in _texts(CELLS[wildcards.cell].model).items()
-        for item in ("--text", f"{name}={file}")
-    ]
-    return shlex.join(mask + texts + task_options() + ["--device", EXPERIMENT.device])
+    cell = CELLS[wildcards.cell]
+    options = [f"--{name}={file}" for name, file in _weights(cell).items()]
+    if cell.compression_options and cell.compression_options.inputs != "none":
+        options += ["--inputs", cell.compression_options.inputs]
+    for name, file in _texts(cell.model).items():
+        options += ["--text", f"{name}={file}"]
+    return shlex.join([*options, *task_options(), "--device", EXPERIMENT.device])
 
 
 def task_options():
@@ -334,10 +360,10 @@ def _parameters(model):
 def cell_records(wildcards):
     """The records of all cells of the grid: what the runs table is made of."""
     return [
-        f"{RUN}/{cell.path}/{stage}/record.json"
-        for cell in GRID.cells
-        for stage in (cell.mask_stage, "evaluate")
-        if stage
+        f"{RUN}/{folder}/record.json"
+        for folder in dict.fromkeys(
+            cell.folder(stage) for cell in GRID.cells for stage in cell.stages
+        )
     ]
 
 
@@ -345,7 +371,7 @@ def cell_curves(wildcards):
     return [
         f"{RUN}/{cell.path}/learn/curves.parquet"
         for cell in GRID.cells
-        if cell.mask_stage == "learn"
+        if cell.mask_stage == "learn" and not cell.compression_options
     ]
 
 

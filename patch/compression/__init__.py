@@ -1,0 +1,1 @@
+"""SLiM: 4-bit weights, and low-rank adapters that make up for what pruning and quantisation lose (arXiv 2410.09615)."""
