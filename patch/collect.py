@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from patch.artefacts import PatchError, atomic_path
-from patch.experiments import Cell, Experiment, Stage
+from patch.experiments import UNCOMPRESSED, Cell, Experiment, Stage
 from patch.methods import METHODS
 from patch.records import Record
 
@@ -31,7 +31,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "pattern": ("string", "dense, unstructured, N:M or tiles:HxW"),
     "sparsity": ("Float64", "target, percent"),
     "realised_sparsity": ("Float64", "pruned share of the prunable weights, percent"),
-    "variant": ("string", "named hyper-parameter set"),
+    "variant": ("string", "named hyper-parameter set, and the compression, as in tables"),
     "compression": ("string", "named way to quantise the weights, or none"),
     "seed": ("Int64", "seed of the cell"),
     "status": ("string", "done, missing or excluded"),
@@ -225,10 +225,16 @@ def _identity(cell: Cell) -> dict[str, Any]:
         "title": METHODS[cell.method].title,
         "pattern": cell.pattern,
         "sparsity": cell.sparsity,
-        "variant": cell.variant,
+        "variant": _variant(cell),
         "compression": cell.compression,
         "seed": cell.seed,
     }
+
+
+def _variant(cell: Cell) -> str:
+    """Its set of hyper-parameters and its compression, where they are not the usual ones: rows of a table of their own."""
+    named = [name for name in (cell.variant, cell.compression) if name not in ("default", UNCOMPRESSED)]
+    return ", ".join(named) or "default"
 
 
 def _realised(records: list[Record]) -> float:

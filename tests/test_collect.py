@@ -152,3 +152,17 @@ def test_tables_that_cannot_be_read_are_told_by_name(read, name, tmp_path: Path)
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / name)
     with pytest.raises(PatchError, match=f"{name}: its columns are not those of this version"):
         read(tmp_path / "runs.parquet")
+
+
+def test_compressed_cells_are_told_apart_by_their_variant(tmp_path: Path) -> None:
+    config = {
+        "name": "test",
+        "models": {"tiny": {"source": "./tiny"}},
+        "grid": [{"methods": ["wanda"], "compressions": ["none", "int4"], "variants": ["default", "shifted"]}],
+        "variants": {"shifted": {"wanda": {"shift_zero_metrics": True}}},
+        "compressions": {"int4": {}},
+    }
+    table = collect(load_experiment([], config), tmp_path)
+    assert set(zip(table["variant"], table["compression"], strict=True)) == {
+        ("default", "none"), ("int4", "int4"), ("shifted", "none"), ("shifted, int4", "int4"),
+    }  # fmt: skip

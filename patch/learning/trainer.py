@@ -260,8 +260,8 @@ class Trainer(Loop):
         """Norm of all gradients together, over all processes."""
         if not self.sharded:
             return gradient_norm(gradients)
-        whole = [gradients.pop()] if self.masks.learns_tiles else []
-        squares = gradient_norm(gradients) ** 2
+        whole = self._tile_gradient()
+        squares = gradient_norm(gradients[: len(gradients) - len(whole)]) ** 2
         torch.distributed.all_reduce(squares)
         return (squares + (gradient_norm(whole) ** 2 if whole else 0)).sqrt()
 

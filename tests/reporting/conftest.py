@@ -55,6 +55,7 @@ def cell_rows(
         "sparsity": sparsity,
         "realised_sparsity": sparsity and sparsity - 0.01,
         "variant": "default",
+        "compression": "none",
         "seed": seed,
         "status": "done",
         "date": "2026-01-02T03:04:05+00:00",
@@ -162,7 +163,9 @@ def runs() -> pd.DataFrame:
             rows += [row for method in methods for row in cell_rows(model, method, "unstructured", sparsity)]
         rows += cell_rows(model, "dense", "dense", 0.0)
     rows += cell_rows("qwen", "wanda", "2:4", 50.0, seed=1, shift=2.0)
-    identity = {key: rows[0][key] for key in ("run", "model", "source", "sparsity", "seed", "variant", "pattern")}
+    identity = {
+        key: rows[0][key] for key in ("run", "model", "source", "sparsity", "seed", "variant", "compression", "pattern")
+    }
     for method, status, reason in (
         ("maskllm", "missing", "not run"),
         ("thanos", "excluded", "too slow & 100% not needed"),

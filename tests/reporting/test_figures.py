@@ -156,4 +156,5 @@ def test_without_learned_masks_the_figure_says_so(no_curves: pd.DataFrame) -> No
 
 def test_every_method_has_its_own_look() -> None:
     assert set(_STYLES) == set(METHODS) - {"dense"}
-    assert len({place for place, _, _ in _STYLES.values()}) == len({m for _, m, _ in _STYLES.values()}) == len(_STYLES)
+    assert len({marker for _, marker, _ in _STYLES.values()}) == len(_STYLES)
+    assert len({(place, line) for place, _, line in _STYLES.values()}) == len(_STYLES)  # the palette has ten colours

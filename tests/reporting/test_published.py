@@ -23,7 +23,11 @@ def test_accuracy_has_all_rows_once_in_this_projects_names() -> None:
     table = load_accuracy()
     assert len(table) == 59 + 30  # main table, and Wanda and SparseGPT unstructured: 5 models x 3 sparsities
     assert not table.duplicated(["source", "method", "sparsity", "pattern"]).any()
-    assert set(table["method"]) == set(METHODS) - {"random", "fine_tune"}  # controls of our own
+    assert set(table["method"]) == set(METHODS) - {
+        "random",
+        "fine_tune",
+        "released",
+    }  # controls of our own, and masks without training
     assert {str(Pattern.parse(pattern)) for pattern in table["pattern"]} == set(table["pattern"])
 
 

@@ -216,7 +216,7 @@ def terminal(table: pd.DataFrame, width: int) -> str:
 def test_the_terminal_gets_a_part_per_model(runs: pd.DataFrame) -> None:
     lines = [line.strip() for line in terminal(accuracy(runs, load_accuracy()), 160).splitlines()]
     assert [lines.count(model) for model in ("qwen", "tiny_1")] == [1, 1]
-    assert any("MaskLLM cannot be run" in line for line in lines)
+    assert any("not run" in line for line in lines)
 
 
 def test_a_part_with_one_text_and_nothing_published_fits_80_columns(runs: pd.DataFrame) -> None:
