@@ -232,7 +232,7 @@ def _identity(cell: Cell) -> dict[str, Any]:
 
 
 def _variant(cell: Cell) -> str:
-    """Its set of hyper-parameters and its compression, where they are not the usual ones: a row of its own in tables."""
+    """Its set of hyper-parameters and its compression, where not the usual ones: rows of their own in tables."""
     named = [name for name in (cell.variant, cell.compression) if name not in ("default", UNCOMPRESSED)]
     return ", ".join(named) or "default"
 
