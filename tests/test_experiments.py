@@ -7,7 +7,8 @@ import yaml
 
 from patch import experiments
 from patch.artefacts import PatchError
-from patch.experiments import Experiment, load_experiment, options_markdown, schema
+from patch.config_docs import options_markdown, schema
+from patch.experiments import Experiment, load_experiment
 from patch.methods import METHODS
 
 CALIBRATED = {"layers": "all", "calibration_inputs": "pruned"}

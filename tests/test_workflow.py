@@ -153,7 +153,7 @@ def test_generated_schema_and_key_list_are_up_to_date() -> None:
     """`make docs` writes them."""
     import json
 
-    from patch.experiments import options_markdown, schema
+    from patch.config_docs import options_markdown, schema
 
     directory = ROOT / "workflow" / "config"
     assert json.loads((directory / "schema.json").read_text()) == schema()
