@@ -480,6 +480,33 @@ def test_patch_tile_starts_from_the_mask_that_it_freezes():
     assert every == ["tiny/sparsegpt/50-2of4", MASKLLM, "tiny/sparsegpt/45-unstructured", TILE]
 
 
+def test_fine_tuning_starts_from_a_cell_of_its_own_pattern_and_sparsity():
+    grid = [
+        {"methods": ["fine_tune"]},
+        {"methods": ["fine_tune"], "patterns": ["unstructured"], "sparsities": [45]},
+        {"methods": ["fine_tune"], "patterns": ["tiles:8x8"], "sparsities": [35], "variants": ["joint"]},
+    ]
+    changes = {"grid": grid, "variants": {"joint": {"fine_tune": {"start": "patch_joint"}}}}
+    starts = {cell.path: cell.prerequisites["start"].path for cell in experiment(**changes).cells()}
+    assert starts == {
+        "tiny/fine_tune/50-2of4": "tiny/sparsegpt/50-2of4",
+        "tiny/fine_tune/45-unstructured": "tiny/sparsegpt/45-unstructured",
+        "tiny/fine_tune/35-tiles8x8/joint": "tiny/patch_joint/35-tiles8x8",
+    }
+    tiles = {"grid": [{"methods": ["fine_tune"], "patterns": ["tiles:8x8"], "sparsities": [35]}]}
+    assert "method sparsegpt cannot make the pattern 'tiles:8x8'" in message(**(BASE | tiles))
+
+
+def test_proxsparse_trains_on_documents_and_the_others_on_the_training_text():
+    changes = {"grid": [{"methods": ["proxsparse", "maskllm", "fine_tune"]}], "documents": {"length": 77}}
+    texts = {cell.method: cell.training for cell in experiment(**changes).cells()}
+    assert texts["proxsparse"].length == 77
+    assert texts["maskllm"] == texts["fine_tune"] == experiment(**changes).training
+    few = {"grid": [{"methods": ["proxsparse"]}], "documents": {"samples": 399}}
+    assert "proxsparse reads 400 sequences (steps x batch_size), the training text has 399" in message(**(BASE | few))
+    assert "raise `documents.samples` or `documents.epochs`" in message(**(BASE | few))
+
+
 @pytest.mark.parametrize(
     ("method", "path", "left"),
     [("maskllm", MASKLLM, []), ("patch_joint", JOINT, []), ("patch_tile", TILE, ["pattern"])],

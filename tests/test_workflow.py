@@ -66,6 +66,21 @@ def test_learned_cells_come_after_the_masks_that_they_start_from(tmp_path: Path)
     assert "--source slimpajama --sampling packed --length 4096 --samples 512000 --output" in training
 
 
+def test_weights_are_trained_on_the_text_and_from_the_mask_of_their_method(tmp_path: Path) -> None:
+    config = ROOT / "workflow" / "config" / "smollm2.yaml"
+    part = "only={methods: [proxsparse, fine_tune]}"
+    done = snakemake("--dry-run", "-p", "--configfile", str(config), "--directory", str(tmp_path), "--config", part)
+    learned = {command.split("--method ")[1].split()[0]: command for command in commands(done.stdout, "learn")}
+    model = "results/smollm2/smollm2-135m"
+    assert set(learned) == {"proxsparse", "fine_tune"}
+    assert f"--training {model}/tokens/documents.safetensors" in learned["proxsparse"]
+    assert f"--training {model}/tokens/training.safetensors" in learned["fine_tune"]
+    assert f"--start-mask {model}/sparsegpt/50-2of4/prune/mask.safetensors" in learned["fine_tune"]
+    texts = [command for command in commands(done.stdout, "prepare tokens") if "documents.safetensors" in command]
+    assert len(texts) == 1
+    assert "--sampling documents --length 2048 --samples 400 --seed 42" in texts[0]
+
+
 def commands(output: str, command: str) -> list[str]:
     """The shell commands of a dry-run that call `patch COMMAND`."""
     return [line for line in output.splitlines() if f"python -m patch {command} " in line]
