@@ -99,6 +99,17 @@ def test_needs_grow_with_the_model_and_with_attempts_and_time_is_bounded(cells: 
     assert stage(cells["llama-2-13b/patch_tile/45-tiles128x128"], "learn", 13e9, H100, 1, 600).minutes == 600
 
 
+def test_adapters_cost_more_than_quantisation_and_more_in_large_models() -> None:
+    path = PAPER.with_name("quantisation.yaml")
+    cells = {cell.path: cell for cell in load_experiment([path]).cells()}
+    plain, adapters = (cells[f"llama-2-7b/patch_tile/45-tiles128x128/{name}"] for name in ("int4", "int4-lora"))
+    asked = [stage(cell, "compress", 7e9, H100, 1, 1440) for cell in (plain, adapters)]
+    assert asked[0].minutes < asked[1].minutes <= 240
+    assert asked[0].memory_mb < asked[1].memory_mb
+    assert stage(adapters, "compress", 70e9, H100, 1, 6000).minutes > asked[1].minutes
+    assert stage(adapters, "compress", 7e9, None, 8, 6000).minutes > asked[1].minutes
+
+
 def test_similar_jobs_have_equal_needs_so_that_they_share_an_array(cells: dict[str, Cell]) -> None:
     asked = {
         stage(cells[f"qwen2.5-0.5b/wanda/{level}-unstructured"], "prune", 0.5e9, H100, 1, 1440) for level in (25, 45)
