@@ -448,6 +448,15 @@ class Grid:
         needed = {part.path: part for cell in self.cells for part in cell.with_prerequisites()}
         return [cell for path, cell in needed.items() if path not in measured]
 
+    def stages(self) -> Iterator[tuple[Cell, Stage]]:
+        """All that is computed, in an order in which it can be; masks that several cells share once."""
+        measured = {cell.path for cell in self.cells}
+        for cell in [*self.prerequisites, *self.cells]:
+            for stage in cell.stages:
+                shared = stage == cell.mask_stage and cell.compression_options  # with the uncompressed cell
+                if not shared and (stage == cell.mask_stage or cell.path in measured):
+                    yield cell, stage
+
     def summary(self) -> str:
         """Counts per model and method, prerequisites, exclusions with their reasons; as text."""
         models = list(dict.fromkeys(cell.model for cell in self.cells))

@@ -16,6 +16,8 @@ from patch.evaluation.perplexity import perplexity
 from patch.models import load_model, load_tokenizer, prunable_linears
 from patch.sparsity.maskset import MaskSet
 
+ROOT = Path(__file__).parents[1]
+
 
 def patch_llm(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -324,3 +326,24 @@ def test_export_writes_a_checkpoint_with_the_records_numbers(
     again = patch_llm("evaluate", "--model", tmp_path / "exported", *text, "--output", tmp_path / "again")
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "again" / "record.json").read_text())["metrics"][0]["value"] == value
+
+
+def test_plan_tells_costs_and_reasons_and_writes_what_fits_a_budget(tmp_path: Path) -> None:
+    config = ROOT / "workflow" / "config" / "paper.yaml"
+    part = ("--config", config, "--results", tmp_path, "--override", '{"only": {"models": ["llama-2-7b"]}}')
+    layer = tmp_path / "layer.yaml"
+    done = patch_llm("plan", *part, "--budget", 20, "--layer", layer)
+    assert done.returncode == 0, done.stderr
+    assert "GPU-hours" in done.stdout
+    assert "new" in done.stdout
+    assert "Hours are those of one NVIDIA H200" in done.stdout
+    assert f"snakemake --cores all --configfile {config} {layer} --config 'only=" in done.stdout
+    again = patch_llm("plan", "--config", config, "--config", layer, *part[2:])
+    (kept,) = [line for line in done.stdout.splitlines() if "cells fit 20 GPU-hours" in line]
+    assert f"paper: {kept.split()[0]} cells" in again.stdout
+    for arguments, message in (
+        (("--layer", layer), "needs --budget"),
+        (("--budget", 0.0001), "no cell is that cheap"),
+        (("--device", "tpu"), "--device tpu: choose one of"),
+    ):
+        assert message in error_line(patch_llm("plan", *part, *arguments))
