@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from patch.artefacts import PatchError
-from patch.kernels.decode_attention import decode_attention
+from patch.kernels.attention import decode_attention
 
 MODE = "max-autotune-no-cudagraphs"
 """Of `torch.compile`: dense products by the fastest of cuBLAS and Triton. Graphs are captured by `replay`."""

@@ -39,6 +39,16 @@ log = logging.getLogger("patch")
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 
+@app.callback()
+def benchmark(
+    exclusive: Annotated[bool, typer.Option("--exclusive", help="Refuse a GPU that other processes work on.")] = False,
+) -> None:
+    from patch.benchmarking.replay import check_alone
+
+    if exclusive:
+        check_alone()
+
+
 @app.command("learning")
 def learning(
     output: RowsFile,
@@ -276,7 +286,7 @@ def memory(
 ) -> None:
     """Size of a model's linear layers, dense and with 2:4 tiles packed."""
     from patch.benchmarking.memory import measure
-    from patch.benchmarking.shapes import SHAPES, random_masks, random_model
+    from patch.benchmarking.shapes import RANDOM, SHAPES, random_masks, random_model
     from patch.models import load_model
     from patch.sparsity.maskset import MaskSet
 
@@ -284,7 +294,19 @@ def memory(
     for percent in [None] if mask else parse_numbers("--sparsity", sparsity):
         loaded = random_model(model, where) if model in SHAPES else load_model(model, dtype=dtype).to(where)  # type: ignore[arg-type]
         masks = MaskSet.load(mask) if mask else random_masks(loaded, (percent or 0) / 100)
-        _add_row(output, measure(model, loaded, masks))
+        _add_row(output, measure(model, loaded, masks, str(mask) if mask else RANDOM))
+
+
+@app.command("join")
+def join(
+    parts: Annotated[list[Path], typer.Argument(help="Files of one benchmark.", exists=True, dir_okay=False)],
+    output: Annotated[Path, typer.Option(help="CSV file with the rows of all.")],
+) -> None:
+    """Rows of several runs in one file."""
+    import pandas as pd
+
+    tables = [pd.read_csv(part) for part in parts]
+    write_text(output, pd.concat(tables, ignore_index=True).to_csv(index=False))
 
 
 def _add_row(output: Path, row: dict[str, Any], complete: Callable[[Any], Any] = lambda rows: rows) -> None:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import patch
 from patch.artefacts import PatchError
-from patch.benchmarking import decoder, generation, layers, memory
+from patch.benchmarking import decoder, generation, layers, memory, replay
 from patch.benchmarking.decoder import Decoder
 from patch.benchmarking.generation import Cost, Generator
 from patch.benchmarking.shapes import SHAPES, layer_shapes, random_mask, random_masks, random_model
@@ -257,6 +257,18 @@ def test_memory_is_that_of_the_packed_layers(tiny_model):
     assert row["smallest_ratio"] == pytest.approx((4 * 9216 + 16) / (2 * 128 * 256), abs=1e-4)
     assert row["whole_model_hybrid_gib"] <= row["whole_model_dense_gib"]
     assert row["hybrid_layers"] == sum(isinstance(module, patch.HybridLinear) for module in model.modules())
+
+
+def test_a_gpu_on_which_others_work_is_refused(monkeypatch):
+    total, held = 80 * 2**30, [3 * 2**30]  # 2 GiB of it are this process's own
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2 * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (total - held[0], total))
+    replay.check_alone()
+    held[0] = 5 * 2**30
+    with pytest.raises(PatchError, match=r"GPU 0: other processes hold 1\.5 GiB of it, .* --resources gpu=1"):
+        replay.check_alone()
 
 
 def test_names_of_shapes_are_checked():

@@ -20,10 +20,10 @@ def decode_attention(query: Tensor, keys: Tensor, values: Tensor, position: Tens
     heads are a multiple of key heads. position: of the new token, whose key is in the cache already; int64 [1].
     """
     if runs_triton(query):
-        from patch.kernels import decode_attention_triton
+        from patch.kernels.attention import decode_triton
 
-        if decode_attention_triton.supports(query, keys):
-            return decode_attention_triton.decode_attention(query, keys, values, position)
+        if decode_triton.supports(query, keys):
+            return decode_triton.decode_attention(query, keys, values, position)
     return reference(query, keys, values, position)
 
 

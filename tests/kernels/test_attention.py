@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from patch.kernels import decode_attention as attention
-from patch.kernels.decode_attention import decode_attention, reference
+from patch.kernels import runs_triton
+from patch.kernels.attention import decode_attention, reference
 
 
 def case(batch, heads, key_heads, length, size, *, dtype=torch.float32, device="cpu"):
@@ -48,7 +48,7 @@ def test_the_kernel_reads_nothing_behind_the_position(sizes, dtype):
     for number in {0, 1, 63, 64, 65, sizes[3] // 2, sizes[3] - 1} & set(range(sizes[3])):
         position.fill_(number)
         unfilled = [cache.clone() for cache in (keys, values)]
-        if attention.runs_triton(query) and sizes != (1, 40, 2, 100, 32):  # the reference multiplies by zero
+        if runs_triton(query) and sizes != (1, 40, 2, 100, 32):  # the reference multiplies by zero
             for cache in unfilled:
                 cache[:, :, number + 1 :] = float("nan")
         output = decode_attention(query, *unfilled, position)

@@ -1,4 +1,4 @@
-"""`patch.kernels.decode_attention` in Triton, after FlashDecoding: the keys of a sequence are split over programs."""
+"""`decode_attention` in Triton, after FlashDecoding: the keys of a sequence are split over programs."""
 # Kernels without types, as is the custom in Triton:
 # mypy: disallow-untyped-defs=False
 
@@ -82,7 +82,7 @@ def supports(query: Tensor, keys: Tensor) -> bool:
 
 
 def decode_attention(query: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-    """As in `patch.kernels.decode_attention`."""
+    """As in `patch.kernels.attention`."""
     batch, heads, _, size = query.shape
     _, key_heads, length, _ = keys.shape
     pairs = batch * key_heads
