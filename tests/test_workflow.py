@@ -244,10 +244,8 @@ def test_benchmarks_time_random_tiles_and_the_masks_of_chosen_cells(tmp_path: Pa
     run, one = "results/timed/benchmarks", "results/timed/one"
     timed = [line.split("benchmark --exclusive ")[1] for line in commands(output, "benchmark --exclusive")]
     made = {line.split(" --output ")[1].split()[0]: line.split(" --output ")[0] for line in timed}
-    tile, wanda = (
-        f"{one}/patch_tile/45-tiles128x128/learn/mask.safetensors",
-        f"{one}/wanda/50-2of4/prune/mask.safetensors",
-    )
+    tile = f"{one}/patch_tile/45-tiles128x128/learn/mask.safetensors"
+    wanda = f"{one}/wanda/50-2of4/prune/mask.safetensors"
     rows = "--tokens 1,16"
     kernels = "--kernel auto --kernel unpack --compile --device cuda"
     sizes = "--batch 1,16 --length 128+128,128+1024"

@@ -90,7 +90,7 @@ class Decoder:
         )
         query, key = self._rotate_and_store(query, key, value, cos, sin, positions, *cache)
         if x.shape[1] == 1:
-            output = decode_attention(query, cache[0], cache[1], positions)
+            output = decode_attention(query.contiguous(), cache[0], cache[1], positions)
         else:
             output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         update: Tensor = attention.o_proj(output.transpose(1, 2).flatten(2))
@@ -110,7 +110,7 @@ def rotate_and_store(
     query, key = apply_rotary_pos_emb(query, key, cos, sin)
     keys.index_copy_(2, positions, key)
     values.index_copy_(2, positions, value)
-    return query.contiguous(), key
+    return query, key
 
 
 def multiply(linear: nn.Linear, x: Tensor) -> Tensor:
