@@ -102,6 +102,7 @@ def measure(
     weights to prune in random tiles (0 to 0.5). compiled: both sides by `torch.compile`. fused: which sides compute
     query, key and value by one product, and gate and up: both, hybrid or none.
     """
+    torch.compiler.reset()  # of compiled versions for other models
     model = make()
     if fused == "both":
         fuse_linears(model)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 
+import pandas as pd
 import pytest
 import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
+from typer.testing import CliRunner
 
 import patch
 from patch.artefacts import PatchError
@@ -15,6 +18,7 @@ from patch.benchmarking import decoder, generation, layers, memory, replay
 from patch.benchmarking.decoder import Decoder
 from patch.benchmarking.generation import Cost, Generator
 from patch.benchmarking.shapes import SHAPES, layer_shapes, random_mask, random_masks, random_model
+from patch.cli import benchmark
 from patch.kernels.hybrid.fusion import FusedLinear, fuse_linears
 from patch.models import prunable_linears
 from patch.sparsity.maskset import LinearMask, MaskSet
@@ -269,6 +273,43 @@ def test_a_gpu_on_which_others_work_is_refused(monkeypatch):
     held[0] = 5 * 2**30
     with pytest.raises(PatchError, match=r"GPU 0: other processes hold 1\.5 GiB of it, .* --resources gpu=1"):
         replay.check_alone()
+
+
+def run(*arguments):
+    return CliRunner().invoke(benchmark.app, [*map(str, arguments), "--device", "cpu"])
+
+
+def test_a_model_generates_with_its_learned_mask(tiny_model, tmp_path):
+    model = tiny_model(hidden_size=128, intermediate_size=256)
+    model.save_pretrained(tmp_path / "model")
+    random_masks(model, 0.5, (128, 64)).save(tmp_path / "mask.safetensors")
+    output = tmp_path / "rows.csv"
+    options = ("--shape", tmp_path / "model", "--mask", tmp_path / "mask.safetensors", "--batch", "1,2")
+    done = run("generation", "--output", output, *options, "--length", "3+2")
+    assert done.exit_code == 0, done.output
+    rows = pd.read_csv(output)
+    assert rows.batch.tolist() == [1, 2]
+    assert set(rows["mask"]) == {str(tmp_path / "mask.safetensors")}
+    assert set(rows.sparsity_percent) == {50.0}
+    joined = tmp_path / "joined.csv"
+    assert CliRunner().invoke(benchmark.app, ["join", str(output), str(output), "--output", str(joined)]).exit_code == 0
+    pd.testing.assert_frame_equal(pd.read_csv(joined), pd.concat([rows, rows], ignore_index=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--batch", "1,0"), "--batch 1,0: write whole numbers"),
+        (("--batch", "1.5"), "--batch 1.5: write whole numbers"),
+        (("--length", "128"), "--length 128: write PROMPT.GENERATED"),
+        (("--length", "128+128,8+1"), "at least 2 tokens to generate"),
+        (("--mask", "x", "--shape", "a", "--shape", "b"), "give the one model that it belongs to as --shape, not 2"),
+    ],
+)
+def test_mistakes_in_sizes_are_named(options, expected, tmp_path):
+    done = run("generation", "--output", tmp_path / "rows.csv", *options)
+    assert isinstance(done.exception, PatchError)
+    assert re.search(expected, str(done.exception))
 
 
 def test_names_of_shapes_are_checked():
