@@ -228,10 +228,6 @@ class Benchmarks(Closed):
         return bool(fits and not cell.compression_options and self.masks is not None and self.masks.matches(cell))
 
 
-MASKED = ("layers", "generation", "memory")
-"""The benchmarks that take a cell's mask."""
-
-
 class Experiment(Closed):
     """One config file: a grid of cells and how they are measured."""
 

@@ -6,7 +6,7 @@ Each section turns into the options of the command `patch-llm benchmark SECTION`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -26,29 +26,42 @@ class Benchmark(BaseModel):
     """A section; its `options` are those of the command, but for the shape or the mask."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    takes_masks: ClassVar[bool] = False
+
+    def random_options(self) -> list[str]:
+        """Those that only random tiles have."""
+        return []
 
 
-class LayersBenchmark(Benchmark):
+class TilesBenchmark(Benchmark):
+    """One of random tiles, or of the mask of a cell."""
+
+    takes_masks: ClassVar[bool] = True
+    sparsities: tuple[Percent, ...] = (25, 35, 45)
+    """Of random tiles, in percent."""
+
+    def random_options(self) -> list[str]:
+        return ["--sparsity", _joined(self.sparsities)]
+
+
+class LayersBenchmark(TilesBenchmark):
     """Linear layers with 2:4 tiles beside cuBLAS, cuSPARSELt and `torch.compile`."""
 
     shapes: tuple[LayerShape, ...] = ("llama-2-7b",)
     """Models whose layers are timed with random tiles, or single layers as OUTxIN."""
     tokens: tuple[Count, ...] = (1, 16, 64, 2048)
     """Rows of the input."""
-    sparsities: tuple[Percent, ...] = (25, 35, 45, 50)
-    """Of random tiles, in percent."""
     kernels: tuple[str, ...] = ("auto",)
     """auto, the one that is chosen, or names of kernels."""
     compile: bool = True
     """Time the dense layer by `torch.compile`, too."""
 
-    def options(self, *, learned: bool) -> list[str]:
+    def options(self) -> list[str]:
         kernels = [item for kernel in self.kernels for item in ("--kernel", kernel)]
-        sparsities = [] if learned else ["--sparsity", _joined(self.sparsities)]
-        return ["--tokens", _joined(self.tokens), *sparsities, *kernels, *["--compile"] * self.compile]
+        return ["--tokens", _joined(self.tokens), *kernels, *["--compile"] * self.compile]
 
 
-class GenerationBenchmark(Benchmark):
+class GenerationBenchmark(TilesBenchmark):
     """Greedy generation end to end, dense beside hybrid."""
 
     shapes: tuple[Shape, ...] = ("llama-2-7b",)
@@ -57,29 +70,24 @@ class GenerationBenchmark(Benchmark):
     """Sequences at a time."""
     lengths: tuple[Annotated[str, Field(pattern=r"^[1-9]\d*\+([2-9]|[1-9]\d+)$")], ...] = ("128+128",)
     """Tokens of the prompt + tokens to generate."""
-    sparsities: tuple[Percent, ...] = (25, 35, 45)
-    """Of random tiles, in percent."""
     compile: bool = True
     """Both sides by `torch.compile`."""
     fused: Literal["both", "hybrid", "none"] = "both"
     """Which sides compute query, key and value by one product, and gate and up."""
 
-    def options(self, *, learned: bool) -> list[str]:
-        sparsities = [] if learned else ["--sparsity", _joined(self.sparsities)]
+    def options(self) -> list[str]:
         sizes = ["--batch", _joined(self.batches), "--length", ",".join(self.lengths)]
-        return [*sizes, *sparsities, "--fused", self.fused, *["--compile"] * self.compile]
+        return [*sizes, "--fused", self.fused, *["--compile"] * self.compile]
 
 
-class MemoryBenchmark(Benchmark):
+class MemoryBenchmark(TilesBenchmark):
     """Size of a model's linear layers, dense and with 2:4 tiles packed."""
 
     shapes: tuple[Shape, ...] = ("llama-2-7b",)
     """Models whose size is taken with random weights and tiles."""
-    sparsities: tuple[Percent, ...] = (25, 35, 45)
-    """Of random tiles, in percent."""
 
-    def options(self, *, learned: bool) -> list[str]:
-        return [] if learned else ["--sparsity", _joined(self.sparsities)]
+    def options(self) -> list[str]:
+        return []
 
 
 class PruningBenchmark(Benchmark):

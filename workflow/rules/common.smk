@@ -14,7 +14,7 @@ from snakemake.logging import logger
 from patch.artefacts import PatchError, checksum_json
 from patch.cluster import needs
 from patch.cluster.site import Gpu, load_site
-from patch.experiments import MASKED, load_experiment
+from patch.experiments import load_experiment
 from patch.methods import METHODS
 from patch.provenance import code_hash
 
@@ -311,9 +311,9 @@ def task_options():
 def benchmark_parts(wildcards):
     """The files that a benchmark's table is joined from: of random tiles, then of cells' masks."""
     folder = f"{RUN}/benchmarks/{wildcards.benchmark}"
-    shapes = BENCHMARKS[wildcards.benchmark].shapes
-    cells = GRID.cells if wildcards.benchmark in MASKED else []
-    return [f"{folder}/random/{shape}.csv" for shape in shapes] + [
+    section = BENCHMARKS[wildcards.benchmark]
+    cells = GRID.cells if section.takes_masks else []
+    return [f"{folder}/random/{shape}.csv" for shape in section.shapes] + [
         f"{folder}/masks/{cell.path}.csv"
         for cell in cells
         if EXPERIMENT.benchmarks.measures(cell)
@@ -322,11 +322,7 @@ def benchmark_parts(wildcards):
 
 def random_benchmark_options(wildcards):
     section = BENCHMARKS[wildcards.benchmark]
-    options = (
-        section.options(learned=False)
-        if wildcards.benchmark in MASKED
-        else section.options()
-    )
+    options = [*section.options(), *section.random_options()]
     name = "--model" if wildcards.benchmark == "memory" else "--shape"
     return shlex.join([name, wildcards.shape, *options, *_benchmark_device(wildcards)])
 
@@ -338,7 +334,7 @@ def mask_benchmark_inputs(wildcards):
 
 
 def mask_benchmark_options(wildcards, input):
-    options = BENCHMARKS[wildcards.benchmark].options(learned=True)
+    options = BENCHMARKS[wildcards.benchmark].options()
     name = "--model" if wildcards.benchmark == "memory" else "--shape"
     model = [name, input.model] if input.model else []
     return shlex.join(
