@@ -1,11 +1,13 @@
-"""All results of an experiment as two tidy tables. Everything downstream reads only these.
+"""All results of an experiment as three tidy tables. Everything downstream reads only these.
 
 The runs table has one row per metric; cells without a finished record have one row that says so in `status` and
-`reason`. The table of curves has one row per optimiser step of every learned cell.
+`reason`. The table of curves has one row per optimiser step of every learned cell. The paired table compares cells
+that answered the same items, so that nothing downstream needs the items.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -14,8 +16,9 @@ from typing import Any
 
 import pandas as pd
 
+from patch import paired
 from patch.artefacts import PatchError, atomic_path
-from patch.experiments import UNCOMPRESSED, Cell, Experiment, Stage
+from patch.experiments import Cell, Experiment, Stage
 from patch.methods import METHODS
 from patch.records import Record
 
@@ -31,7 +34,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "pattern": ("string", "dense, unstructured, N:M or tiles:HxW"),
     "sparsity": ("Float64", "target, percent"),
     "realised_sparsity": ("Float64", "pruned share of the prunable weights, percent"),
-    "variant": ("string", "named hyper-parameter set, and the compression, as in tables"),
+    "variant": ("string", "named hyper-parameter set"),
     "compression": ("string", "named way to quantise the weights, or none"),
     "seed": ("Int64", "seed of the cell"),
     "status": ("string", "done, missing or excluded"),
@@ -89,18 +92,32 @@ STEP_COLUMNS: dict[str, tuple[str, str]] = {
 }
 CURVE_COLUMNS = {name: COLUMNS[name] for name in IDENTITY} | STEP_COLUMNS
 CURVES = "curves.parquet"
+PAIRED_COLUMNS: dict[str, tuple[str, str]] = {
+    "run": COLUMNS["run"],
+    "model": COLUMNS["model"],
+    "first": ("string", "path of a cell"),
+    "second": ("string", "path of the cell that it is compared with"),
+    "subject": ("string", "text, task, or mean of all tasks"),
+    "metric": ("string", "perplexity or acc"),
+    "difference": ("Float64", "first minus second; of acc as a share of 1"),
+    "stderr": ("Float64", "standard error of the difference between paired items"),
+    "p": ("Float64", "two-sided: McNemar's exact test, Student's t on losses, normal for the mean"),
+    "items": ("Int64", "windows or questions"),
+}
+PAIRED = "paired.parquet"
 log = logging.getLogger(__name__)
 
 
-def collect(experiment: Experiment, results: Path | str) -> pd.DataFrame:
+def collect(experiment: Experiment, results: Path | str, logs: Path | str = "logs") -> pd.DataFrame:
     """Read the records of all cells of `experiment` below `results`/NAME.
 
-    Records of other settings or other code count as missing.
+    Records of other settings or other code count as missing. Where a stage has a log below `logs`/NAME but no record,
+    the reason names the log.
     """
     grid = experiment.expand()
     rows: list[dict[str, Any]] = []
     for cell in grid.cells:
-        rows += _cell_rows(cell, Path(results) / experiment.name)
+        rows += _cell_rows(cell, Path(results) / experiment.name, Path(logs) / experiment.name)
     for cell, reason in grid.excluded:
         rows.append({**_identity(cell), "status": "excluded", "reason": reason})
     missing = [row for row in rows if row["status"] == "missing"]
@@ -129,6 +146,26 @@ def collect_curves(experiment: Experiment, results: Path | str) -> pd.DataFrame:
     return table.astype({name: dtype for name, (dtype, _) in CURVE_COLUMNS.items()})
 
 
+def collect_paired(experiment: Experiment, results: Path | str) -> pd.DataFrame:
+    """Compare all evaluated cells of a model and seed, and the dense model, pair by pair on the items of `evaluate`."""
+    tables = []
+    cells = experiment.cells()
+    for model, seed in dict.fromkeys((cell.model, cell.seed) for cell in cells):
+        items: dict[str, pd.DataFrame] = {}
+        subjects: set[str] = set()
+        for cell in cells:
+            if cell.model == model and (cell.seed == seed or cell.method == "dense"):
+                run = Path(results) / experiment.name
+                with contextlib.suppress(PatchError):  # `collect` says so
+                    subjects |= {metric.subject for metric in _record(cell, run, "evaluate").metrics}
+                    items[cell.path] = _items(run / cell.folder("evaluate") / "items.parquet")
+        pairs = paired.compare(items, subjects)
+        tables.append(pairs.assign(run=experiment.name, model=model))
+    table = pd.concat(tables, ignore_index=True)[list(PAIRED_COLUMNS)]
+    table = table.drop_duplicates(["model", "first", "second", "subject", "metric"], ignore_index=True)
+    return table.astype({name: dtype for name, (dtype, _) in PAIRED_COLUMNS.items()})
+
+
 def write_runs(table: pd.DataFrame, parquet: Path | str) -> None:
     """Write the runs table as Parquet and, beside it, as CSV."""
     with atomic_path(Path(parquet).with_suffix(".csv")) as temporary:
@@ -141,6 +178,11 @@ def write_curves(table: pd.DataFrame, runs: Path | str) -> None:
     _write(table, Path(runs).with_name(CURVES))
 
 
+def write_paired(table: pd.DataFrame, runs: Path | str) -> None:
+    """Write the paired comparisons as paired.parquet beside the runs table `runs`."""
+    _write(table, Path(runs).with_name(PAIRED))
+
+
 def read_runs(path: Path | str) -> pd.DataFrame:
     """Read a runs table. Raises PatchError when it is missing or of another layout."""
     return _read(Path(path), COLUMNS)
@@ -149,6 +191,11 @@ def read_runs(path: Path | str) -> pd.DataFrame:
 def read_curves(runs: Path | str) -> pd.DataFrame:
     """Read the curves beside the runs table `runs`. Raises PatchError when they are missing or of another layout."""
     return _read(Path(runs).with_name(CURVES), CURVE_COLUMNS)
+
+
+def read_paired(runs: Path | str) -> pd.DataFrame:
+    """Read the paired table beside the runs table `runs`. Raises PatchError when it is missing or of another layout."""
+    return _read(Path(runs).with_name(PAIRED), PAIRED_COLUMNS)
 
 
 def _write(table: pd.DataFrame, parquet: Path | str) -> None:
@@ -168,12 +215,32 @@ def _read(path: Path, columns: Mapping[str, Any]) -> pd.DataFrame:
     return table
 
 
-def _cell_rows(cell: Cell, run: Path) -> list[dict[str, Any]]:
+def _items(path: Path) -> pd.DataFrame:
     try:
-        records = [_record(cell, run, stage) for stage in cell.stages]
-    except PatchError as error:
-        return [{**_identity(cell), "status": "missing", "reason": str(error)}]
+        return pd.read_parquet(path, columns=["subject", "item", "metric", "value"])
+    except (OSError, ValueError) as error:
+        log.warning("%s: cannot be read (%s), so its cell is compared with none", path, error)
+        raise PatchError(f"{path}: cannot be read; evaluate the cell again.") from None
+
+
+def _cell_rows(cell: Cell, run: Path, logs: Path) -> list[dict[str, Any]]:
+    records = []
+    for stage in cell.stages:
+        try:
+            records.append(_record(cell, run, stage))
+        except PatchError as error:
+            reason = _reason(run / cell.folder(stage), logs / f"{cell.folder(stage)}.log", error)
+            return [{**_identity(cell), "status": "missing", "reason": reason}]
     return [row for record in records for row in _record_rows(cell, record, _realised(records))]
+
+
+def _reason(directory: Path, log_file: Path, error: PatchError) -> str:
+    """Why a stage has no result: not run, failed or unfinished (then its log), or made by other settings."""
+    if (directory / "record.json").exists():
+        return str(error)
+    if log_file.exists():
+        return f"failed or not finished; the log of `{directory.name}` is {log_file}"
+    return "not run"
 
 
 def _cell_curves(cell: Cell, path: Path) -> pd.DataFrame:
@@ -225,16 +292,10 @@ def _identity(cell: Cell) -> dict[str, Any]:
         "title": METHODS[cell.method].title,
         "pattern": cell.pattern,
         "sparsity": cell.sparsity,
-        "variant": _variant(cell),
+        "variant": cell.variant,
         "compression": cell.compression,
         "seed": cell.seed,
     }
-
-
-def _variant(cell: Cell) -> str:
-    """Its set of hyper-parameters and its compression, where not the usual ones: rows of their own in tables."""
-    named = [name for name in (cell.variant, cell.compression) if name not in ("default", UNCOMPRESSED)]
-    return ", ".join(named) or "default"
 
 
 def _realised(records: list[Record]) -> float:
