@@ -29,6 +29,7 @@ wildcard_constraints:
     model="[^/]+",
     text="[^/]+",
     seed=r"\d+",
+    target="[^/]+",
     cell=".+",
 
 
