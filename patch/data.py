@@ -299,8 +299,9 @@ def _documents(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int, samples: int | None, seed: int | None
 ) -> Tensor:
     # The reference: datasets' `train_test_split(test_size=0.95, seed=42)`, of whose training part it takes the first.
-    order = np.random.default_rng(seed).permutation(len(documents))
-    order = np.roll(order, -math.ceil(0.95 * len(documents)))
+    order = np.arange(len(documents))
+    if seed is not None:
+        order = np.roll(np.random.default_rng(seed).permutation(order), -math.ceil(0.95 * len(order)))
     rows: list[Tensor] = []
     for index in order:
         ids = tokenizer(documents[int(index)]).input_ids[:length]

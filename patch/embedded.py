@@ -13,7 +13,6 @@ installed, and nothing of them is redistributed.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ import filelock
 import yaml
 
 from patch.artefacts import PatchError, atomic_path, checksum_json, write_text
+from patch.cache import cache_directory
 
 PREFIX = "embedded:"
 MODELS = ("smollm2-135m",)
@@ -47,11 +47,6 @@ _TASK_DATA = {
 }
 TASKS = (*_TASK_DATA, "mmlu")
 log = logging.getLogger(__name__)
-
-
-def cache_directory() -> Path:
-    """Where unpacked assets are kept: $PATCH_LLM_CACHE, else ~/.cache/patch-llm."""
-    return Path(os.environ.get("PATCH_LLM_CACHE", Path.home() / ".cache" / "patch-llm")).expanduser()
 
 
 def model_directory(source: str) -> Path:

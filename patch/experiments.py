@@ -451,6 +451,15 @@ class Grid:
         needed = {part.path: part for cell in self.cells for part in cell.with_prerequisites()}
         return [cell for path, cell in needed.items() if path not in measured]
 
+    def stages(self) -> Iterator[tuple[Cell, Stage]]:
+        """All that is computed, in an order in which it can be; masks that several cells share once."""
+        measured = {cell.path for cell in self.cells}
+        for cell in [*self.prerequisites, *self.cells]:
+            for stage in cell.stages:
+                shared = stage == cell.mask_stage and cell.compression_options  # with the uncompressed cell
+                if not shared and (stage == cell.mask_stage or cell.path in measured):
+                    yield cell, stage
+
     def summary(self) -> str:
         """Counts per model and method, prerequisites, exclusions with their reasons; as text."""
         models = list(dict.fromkeys(cell.model for cell in self.cells))
@@ -490,29 +499,6 @@ def load_experiment(files: Sequence[Path | str], overrides: Mapping[str, Any] | 
         raise PatchError(explain(error, Experiment, layers)) from None
     _check_references(experiment, layers)
     return experiment
-
-
-def schema() -> dict[str, Any]:
-    """JSON schema of a config file; `workflow/config/schema.json` is generated from it."""
-    extends = {"description": "Config file(s) to start from, relative to this one.", "type": ["string", "array"]}
-    content = Experiment.model_json_schema()
-    content["properties"] = {"extends": extends, **content["properties"]}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **content}
-
-
-def options_markdown() -> str:
-    """Every key of a config with its default and meaning, and every method's options, as Markdown."""
-    lines = ["# Config keys", "", "Generated from `patch/experiments.py` and `patch/methods.py`; do not edit.", ""]
-    sections: list[type[BaseModel]] = [
-        Experiment, ModelSource, GridBlock, Selection, Exclusion, Calibration, Training, Documents, Evaluation,
-        PerplexityText, Tasks, Compression,
-    ]  # fmt: skip
-    for model in sections:
-        lines += [f"## {model.__name__}", "", _first_sentence(model), "", *_options_table(model)]
-    lines += ["# Methods", ""]
-    for name, method in METHODS.items():
-        lines += [f"## `{name}`", "", " ".join((method.__doc__ or "").split()), "", *_options_table(method)]
-    return "\n".join(lines).rstrip() + "\n"
 
 
 def _count(items: Sequence[Any], noun: str) -> str:
@@ -629,29 +615,3 @@ def _check_references(experiment: Experiment, layers: Layers) -> None:
 
 def _dotted(location: Iterable[str | int]) -> str:
     return ".".join(map(str, location))
-
-
-def _options_table(model: type[BaseModel]) -> list[str]:
-    if not model.model_fields:
-        return []
-    rows = ["| key | default | meaning |", "|---|---|---|"]
-    for name, field in model.model_fields.items():
-        default = "required" if field.is_required() else f"`{_plain(field.default)}`"
-        rows.append(f"| `{name}` | {default} | {' '.join((field.description or '').split())} |")
-    return [*rows, ""]
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, BaseModel):
-        return "see below"
-    if isinstance(value, dict) and any(isinstance(item, BaseModel) for item in value.values()):
-        return ", ".join(value)
-    return (
-        yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=10**6)
-        .removesuffix("\n...\n")
-        .strip()
-    )
-
-
-def _first_sentence(model: type[BaseModel]) -> str:
-    return " ".join((model.__doc__ or "").split())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from patch.artefacts import PatchError
+from patch.exporting import MASK_FILE, masks_in
 from patch.kernels.hybrid import dispatch
 from patch.kernels.hybrid.format import DTYPES, HybridWeight, pack
 from patch.kernels.hybrid.fusion import Group, concatenated, groups, install
@@ -24,7 +25,6 @@ from patch.kernels.hybrid.linear import HybridLinear, check_state
 from patch.models import load_model, prunable_linears
 from patch.sparsity.maskset import LinearMask, MaskSet
 
-MASK_FILE = "mask.safetensors"
 TOKENS = (1, 16)
 log = logging.getLogger(__name__)
 
@@ -52,10 +52,10 @@ def load(
     Raises PatchError where the mask belongs to another model or the weights cannot be packed, naming the layer.
     """
     if masks is None:
-        if not isinstance(model, str | Path) or not (Path(model) / MASK_FILE).is_file():
-            raise PatchError(f"model {model if isinstance(model, str | Path) else type(model).__name__}: give a mask; "
-                             f"only a directory with a {MASK_FILE} in it needs none.")  # fmt: skip
-        masks = Path(model) / MASK_FILE
+        masks = masks_in(model) if isinstance(model, str | Path) else None
+        if masks is None:
+            name = model if isinstance(model, str | Path) else type(model).__name__
+            raise PatchError(f"model {name}: give a mask; only a directory with a {MASK_FILE} needs none.")
     if not isinstance(masks, MaskSet):
         masks = MaskSet.load(masks)
     if not isinstance(model, PreTrainedModel):

@@ -10,8 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from patch.models import load_model, prunable_linears
+from patch.compression.artefact import CompressedSet
+from patch.data import make_tokens
+from patch.evaluation.perplexity import perplexity
+from patch.models import load_model, load_tokenizer, prunable_linears
 from patch.sparsity.maskset import MaskSet
+
+ROOT = Path(__file__).parents[1]
 
 
 def patch_llm(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -42,7 +47,7 @@ def text_file(tmp_path: Path, documents: list[str]) -> Path:
 def test_help_lists_one_command_per_stage_without_loading_torch() -> None:
     done = patch_llm("--help")
     assert done.returncode == 0
-    for command in ("prepare", "prune", "evaluate", "collect", "tables", "figures", "mlflow", "show"):
+    for command in ("prepare", "prune", "compress", "evaluate", "collect", "tables", "figures", "mlflow", "show"):
         assert command in done.stdout
     loaded = subprocess.run(
         [sys.executable, "-c", "import patch.cli, sys; print('torch' in sys.modules)"], capture_output=True, text=True
@@ -74,6 +79,69 @@ def test_prune_then_evaluate_a_users_own_model(model_directory: Path, text_file:
     record = json.loads((out / "eval" / "record.json").read_text())
     assert [metric["name"] for metric in record["metrics"]] == ["perplexity"]
     assert record["inputs"]["mask"] == masks.checksum
+
+
+def test_compress_a_pruned_model_then_evaluate_it(model_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    calibration = ("--calibration", text_file, "--sampling", "packed", "--samples", 4, "--length", 16)
+    mask = tmp_path / "out" / "mask.safetensors"
+    done = patch_llm("prune", "--model", model_directory, "--method", "magnitude", "--output", mask.parent)
+    assert done.returncode == 0, done.stderr
+    settings = ("--set", "group_size=32", "--set", "adapter_rank=0.25")
+    out = tmp_path / "compressed"
+    done = patch_llm(
+        "compress", "--model", model_directory, "--mask", mask, *settings, *calibration, "--output", out
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    weights = CompressedSet.load(out / "compressed.safetensors")
+    record = json.loads((out / "record.json").read_text())
+    assert record["stage"] == "compress"
+    assert record["arguments"]["options"]["adapter_rank"] == 0.25
+    assert record["inputs"]["mask"] == weights.recipe["mask_checksum"] == MaskSet.load(mask).checksum
+    assert record["outputs"] == {"compressed.safetensors": weights.checksum}
+    (size,) = record["metrics"]
+    assert (size["name"], size["value"]) == ("bits_per_weight", pytest.approx(weights.bits_per_weight))
+
+    text = ("--text", f"mine={text_file}", "--length", 16)
+    values = {}
+    for name, options in {
+        "pruned": ("--mask", mask),
+        "compressed": ("--compressed", out / "compressed.safetensors"),
+        "inputs": ("--compressed", out / "compressed.safetensors", "--inputs", "int8"),
+    }.items():
+        state = ("--state", tmp_path / "state")  # one for all: finished parts of one are none of another
+        done = patch_llm(
+            "evaluate", "--model", model_directory, *options, *text, *state, "--output", tmp_path / name
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        record = json.loads((tmp_path / name / "record.json").read_text())
+        (metric,) = record["metrics"]
+        values[name] = metric["value"]
+    assert record["inputs"]["compressed"] == weights.checksum
+    assert record["arguments"]["inputs"] == "int8"
+    assert len(set(values.values())) == 3
+
+    model = load_model(str(model_directory))
+    weights.apply_(prunable_linears(model))
+    tokens = make_tokens(load_tokenizer(str(model_directory)), str(text_file), sampling="joined", length=16)
+    assert perplexity(model, "mine", tokens).metrics[0].value == pytest.approx(values["compressed"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("compress", "--set", "rank=1"), "compression, setting 'rank': Extra inputs are not permitted"),
+        (("compress", "--mask", "nowhere.safetensors"), "nowhere.safetensors: no such file; run the stage"),
+        (("evaluate", "--text", "t=c4", "--inputs", "int3"), "inputs 'int3': choose none, int8 or float8"),
+        (("evaluate", "--text", "t=c4", "--mask", "a", "--compressed", "b"), "--mask and --compressed: give one"),
+        (("evaluate", "--text", "t=c4", "--compressed", "nowhere"), "nowhere: no such file; run the stage"),
+    ],
+)
+def test_mistakes_in_compression_end_in_one_line(
+    arguments: tuple[str, ...], message: str, model_directory: Path, tmp_path: Path
+) -> None:
+    done = patch_llm(*arguments, "--model", model_directory, "--output", tmp_path / "out")
+    assert message in error_line(done)
+    assert not (tmp_path / "out" / "record.json").exists()
 
 
 def masks_size(masks: MaskSet) -> int:
@@ -258,3 +326,24 @@ def test_export_writes_a_checkpoint_with_the_records_numbers(
     again = patch_llm("evaluate", "--model", tmp_path / "exported", *text, "--output", tmp_path / "again")
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "again" / "record.json").read_text())["metrics"][0]["value"] == value
+
+
+def test_plan_tells_costs_and_reasons_and_writes_what_fits_a_budget(tmp_path: Path) -> None:
+    config = ROOT / "workflow" / "config" / "paper.yaml"
+    part = ("--config", config, "--results", tmp_path, "--override", '{"only": {"models": ["llama-2-7b"]}}')
+    layer = tmp_path / "layer.yaml"
+    done = patch_llm("plan", *part, "--budget", 20, "--layer", layer)
+    assert done.returncode == 0, done.stderr
+    assert "GPU-hours" in done.stdout
+    assert "new" in done.stdout
+    assert "Hours are those of one NVIDIA H200" in done.stdout
+    assert f"snakemake --cores all --configfile {config} {layer} --config 'only=" in done.stdout
+    again = patch_llm("plan", "--config", config, "--config", layer, *part[2:])
+    (kept,) = [line for line in done.stdout.splitlines() if "cells fit 20 GPU-hours" in line]
+    assert f"paper: {kept.split()[0]} cells" in again.stdout
+    for arguments, message in (
+        (("--layer", layer), "needs --budget"),
+        (("--budget", 0.0001), "no cell is that cheap"),
+        (("--device", "tpu"), "--device tpu: choose one of"),
+    ):
+        assert message in error_line(patch_llm("plan", *part, *arguments))

@@ -60,6 +60,19 @@ def results(experiment: Experiment, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def compressed(experiment: Experiment, results: Path) -> Experiment:
+    """The grid with everything in 4 bits, too, finished like the rest."""
+    config = experiment.model_dump(exclude_defaults=True) | {"compressions": {"int4": {}}}
+    config["grid"] = [block | {"compressions": ["none", "int4"]} for block in config["grid"]]
+    wider = load_experiment([], config)
+    for cell in wider.cells():
+        if cell.compression_options:
+            finish(results, cell, "compress", [Metric("model", "bits_per_weight", 2.9, samples=100)])
+            finish(results, cell, "evaluate", [Metric("wikitext2", "perplexity", 13.0, 0.5, 6)])
+    return wider
+
+
 def finish(results: Path, cell: Cell, stage: Stage, metrics: list[Metric], **changes: object) -> None:
     directory = results / "test" / cell.path / stage
     record = Record(stage, **({"key": cell.key(stage), "arguments": {}} | changes))  # type: ignore[arg-type]
@@ -90,6 +103,28 @@ def test_learned_cells_have_the_rows_of_pruned_ones(experiment: Experiment, resu
         ("evaluate", "wikitext2", "perplexity"): 12.0,
         ("evaluate", "model", "wall_s"): 2.0,
     }
+
+
+def test_compressed_cells_have_the_rows_of_their_mask_too(compressed: Experiment, results: Path) -> None:
+    runs = collect(compressed, results)
+    assert set(runs["status"]) == {"done"}
+    assert set(runs["compression"]) == {"none", "int4"}
+    rows = runs[runs["cell"] == f"{TILE}/int4"]
+    assert list(rows["stage"].unique()) == ["learn", "compress", "evaluate"]
+    assert set(rows["realised_sparsity"].round(6)) == {44.0}
+    values = {(row.stage, row.subject, row.metric): row.value for row in rows.itertuples()}
+    assert values["compress", "model", "bits_per_weight"] == 2.9
+    assert values["learn", "model", "sparsity"] == 0.44
+    assert values["evaluate", "wikitext2", "perplexity"] == 13.0
+    assert set(collect_curves(compressed, results)["cell"]) == {MASKLLM, TILE}
+
+
+def test_a_missing_mask_makes_its_compressed_cells_missing(compressed: Experiment, results: Path) -> None:
+    (results / "test" / TILE / "learn" / "record.json").unlink()
+    runs = collect(compressed, results)
+    missing = runs[runs["status"] == "missing"]
+    assert set(missing["cell"]) == {TILE, f"{TILE}/int4"}
+    assert missing["reason"].str.contains(f"{TILE}/learn/record.json: no such file").all()
 
 
 def test_prerequisites_are_in_no_table(experiment: Experiment, results: Path) -> None:

@@ -136,6 +136,26 @@ def test_with_a_seed_all_blocks_are_shuffled_before_the_first_are_taken(source, 
     assert made.ids.tolist() == expected[:9]
 
 
+def test_documents_are_the_first_of_the_references_training_split(source, tokenizer, documents):
+    import datasets
+
+    split = datasets.Dataset.from_dict({"text": documents}).train_test_split(test_size=0.95, seed=42)["train"]["text"]
+    assert len(split) == 2
+    made = make_tokens(tokenizer, source, sampling="documents", length=LENGTH, samples=30, seed=42)
+    for row, text in zip(made.ids[: len(split)].tolist(), split, strict=True):
+        ids = tokenizer(text).input_ids[:LENGTH]
+        assert row == ids + [data.PADDING] * (LENGTH - len(ids))
+    assert len({tuple(row) for row in made.ids.tolist()}) == 30  # beyond the split, the others
+
+
+def test_documents_without_a_seed_come_in_order_and_those_of_one_token_are_left_out(tmp_path, tokenizer):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("tile mask", "", "river")))
+    made = make_tokens(tokenizer, str(path), sampling="documents", length=LENGTH)
+    expected = [tokenizer(text).input_ids for text in ("tile mask", "river")]
+    assert [[token for token in row if token != data.PADDING] for row in made.ids.tolist()] == expected
+
+
 class Lazy:
     """Documents as a data set on disk gives them: by slices, never all of them."""
 

@@ -61,9 +61,9 @@ def run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def planned(project: Path) -> set[str]:
+def planned(project: Path, target: str = "all") -> set[str]:
     """Rules that a dry-run would run now."""
-    output = run(project, "all", "--dry-run", "--quiet", "reason").stdout
+    output = run(project, target, "--dry-run", "--quiet", "reason").stdout
     return {line.split()[1].rstrip(":") for line in output.splitlines() if line.startswith(("rule ", "localrule "))}
 
 
@@ -150,3 +150,29 @@ def check_results(project: Path) -> None:
     for name in ("perplexity_vs_sparsity", "training_curves"):
         assert (results / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((results / "mlflow.json").read_text())["new"] >= 6
+
+
+def test_compressed_cells_are_made_from_one_mask_and_measured(project: Path) -> None:
+    config = yaml.safe_load((project / "tiny.yaml").read_text())
+    config["grid"] = [
+        {"methods": ["dense"]},
+        {"methods": ["dense", "magnitude"], "compressions": ["int4", "int4-lora"]},
+    ]
+    config["compressions"] = {"int4": {"group_size": 32}, "int4-lora": {"group_size": 32, "adapter_rank": 0.25}}
+    change(project, config)
+    done = run(project, "results/tiny/runs.parquet", "--cores", "2")
+    assert done.returncode == 0, done.stderr
+    runs = read_runs(project / "results/tiny/runs.parquet")
+    assert set(runs["status"]) == {"done"}
+    perplexities = runs[runs["metric"] == "perplexity"]
+    names = [("dense", "none"), *[(m, c) for m in ("dense", "magnitude") for c in ("int4", "int4-lora")]]
+    assert list(zip(perplexities["method"], perplexities["compression"], strict=True)) == names
+    assert perplexities["value"].nunique() == 5
+    bits = dict(zip(*runs.loc[runs["metric"] == "bits_per_weight", ["cell", "value"]].to_numpy().T, strict=True))
+    assert len(bits) == 4
+    assert bits["tiny/magnitude/50-2of4/int4"] < bits["tiny/dense/int4"] < bits["tiny/dense/int4-lora"]
+    assert len(list(project.glob("results/tiny/tiny/magnitude/**/mask.safetensors"))) == 1
+    assert not planned(project, "results/tiny/runs.parquet")
+    config["compressions"]["int4-lora"]["adapter_rank"] = 0.5
+    change(project, config)
+    assert planned(project, "results/tiny/runs.parquet") == {"compress", "evaluate", "collect"}

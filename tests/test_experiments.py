@@ -7,7 +7,8 @@ import yaml
 
 from patch import experiments
 from patch.artefacts import PatchError
-from patch.experiments import Experiment, load_experiment, options_markdown, schema
+from patch.config_docs import options_markdown, schema
+from patch.experiments import Experiment, load_experiment
 from patch.methods import METHODS
 
 CALIBRATED = {"layers": "all", "calibration_inputs": "pruned"}
@@ -479,6 +480,33 @@ def test_patch_tile_starts_from_the_mask_that_it_freezes():
     assert every == ["tiny/sparsegpt/50-2of4", MASKLLM, "tiny/sparsegpt/45-unstructured", TILE]
 
 
+def test_fine_tuning_starts_from_a_cell_of_its_own_pattern_and_sparsity():
+    grid = [
+        {"methods": ["fine_tune"]},
+        {"methods": ["fine_tune"], "patterns": ["unstructured"], "sparsities": [45]},
+        {"methods": ["fine_tune"], "patterns": ["tiles:8x8"], "sparsities": [35], "variants": ["joint"]},
+    ]
+    changes = {"grid": grid, "variants": {"joint": {"fine_tune": {"start": "patch_joint"}}}}
+    starts = {cell.path: cell.prerequisites["start"].path for cell in experiment(**changes).cells()}
+    assert starts == {
+        "tiny/fine_tune/50-2of4": "tiny/sparsegpt/50-2of4",
+        "tiny/fine_tune/45-unstructured": "tiny/sparsegpt/45-unstructured",
+        "tiny/fine_tune/35-tiles8x8/joint": "tiny/patch_joint/35-tiles8x8",
+    }
+    tiles = {"grid": [{"methods": ["fine_tune"], "patterns": ["tiles:8x8"], "sparsities": [35]}]}
+    assert "method sparsegpt cannot make the pattern 'tiles:8x8'" in message(**(BASE | tiles))
+
+
+def test_proxsparse_trains_on_documents_and_the_others_on_the_training_text():
+    changes = {"grid": [{"methods": ["proxsparse", "maskllm", "fine_tune"]}], "documents": {"length": 77}}
+    texts = {cell.method: cell.training for cell in experiment(**changes).cells()}
+    assert texts["proxsparse"].length == 77
+    assert texts["maskllm"] == texts["fine_tune"] == experiment(**changes).training
+    few = {"grid": [{"methods": ["proxsparse"]}], "documents": {"samples": 399}}
+    assert "proxsparse reads 400 sequences (steps x batch_size), the training text has 399" in message(**(BASE | few))
+    assert "raise `documents.samples` or `documents.epochs`" in message(**(BASE | few))
+
+
 @pytest.mark.parametrize(
     ("method", "path", "left"),
     [("maskllm", MASKLLM, []), ("patch_joint", JOINT, []), ("patch_tile", TILE, ["pattern"])],
@@ -545,7 +573,7 @@ def test_every_cell_knows_the_stage_of_its_mask_and_its_text():
 @pytest.fixture(autouse=True)
 def fixed_code(monkeypatch):
     """Keys without reading the whole package."""
-    versions = {"prune": "1", "learn": "1", "evaluate": "1"}
+    versions = {"prune": "1", "learn": "1", "compress": "1", "evaluate": "1"}
     monkeypatch.setattr(experiments, "code_hash", lambda stage: versions[stage])
     return versions
 
@@ -669,6 +697,98 @@ def test_methods_that_look_at_no_text_do_not_depend_on_it():
     assert cell(path, grid=grid).key("prune") == cell(path, grid=grid, calibration={"samples": 3}).key("prune")
 
 
+# compressed cells
+
+COMPRESSED = {
+    "grid": [{"methods": ["dense", "wanda"], "compressions": ["none", "int4", "int4-lora"]}],
+    "compressions": {"int4": {}, "int4-lora": {"adapter_rank": 0.1}},
+}
+LORA = "tiny/wanda/50-2of4/int4-lora"
+
+
+def test_compressions_are_an_axis_of_the_grid():
+    masks = ("tiny/dense", "tiny/wanda/50-2of4")
+    assert paths(**COMPRESSED) == [f"{mask}{part}" for mask in masks for part in ("", "/int4", "/int4-lora")]
+    assert paths(**COMPRESSED, seeds=[0, 1])[-1] == f"{LORA}/seed-1"
+    assert paths(**COMPRESSED, only={"compressions": ["int4"]}) == [f"{mask}/int4" for mask in masks]
+
+
+def test_compressed_cells_use_the_mask_of_the_uncompressed_one():
+    found = cell(LORA, **COMPRESSED)
+    assert found.stages == ["prune", "compress", "evaluate"]
+    assert cell("tiny/dense/int4", **COMPRESSED).stages == ["compress", "evaluate"]
+    assert cell(**COMPRESSED).stages == ["prune", "evaluate"]
+    assert found.folder("prune") == cell(**COMPRESSED).folder("prune") == "tiny/wanda/50-2of4/prune"
+    assert found.folder("compress") == f"{LORA}/compress"
+    assert found.uncompressed == cell(**COMPRESSED)
+    assert found.key("prune") == cell().key("prune")
+
+
+def test_masks_that_only_compressed_cells_use_are_made_but_not_measured():
+    changes = COMPRESSED | {"grid": [{"methods": ["dense", "maskllm"], "compressions": ["int4"]}]}
+    grid = experiment(**changes).expand()
+    assert [found.path for found in grid.cells] == ["tiny/dense/int4", "tiny/maskllm/50-2of4/int4"]
+    assert [found.path for found in grid.prerequisites] == ["tiny/sparsegpt/50-2of4", "tiny/maskllm/50-2of4"]
+
+
+def test_only_adapters_that_weigh_inputs_look_at_calibration_text():
+    settings = {"plain": {"adapter_rank": 0.1, "adapter_norm": "none"}}
+    changes = {"grid": [{"methods": ["dense"], "compressions": ["plain", "int4-lora"]}]}
+    changes["compressions"] = COMPRESSED["compressions"] | settings
+    texts = {found.compression: found.compression_calibration for found in experiment(**changes).cells()}
+    assert texts["plain"] is None
+    assert texts["int4-lora"] == experiment().calibration
+
+
+@pytest.mark.parametrize(
+    ("changes", "changed"),
+    [
+        ({"compressions": {"int4-lora": {"adapter_rank": 0.2}}}, ("compress", "evaluate")),
+        ({"compressions": {"int4-lora": {"adapter_rank": 0.1, "inputs": "int8"}}}, ("evaluate",)),
+        ({"calibration": {"samples": 64}}, ("prune", "compress", "evaluate")),
+        ({"methods": {"wanda": {"shift_zero_metrics": True}}}, ("prune", "compress", "evaluate")),
+        ({"evaluation": {"tasks": None}}, ("evaluate",)),
+        ({"compressions": {"int4-lora": {"adapter_rank": 0.1, "adapter_norm": "l2"}}}, ()),  # the default
+    ],
+)
+def test_what_changes_a_compressed_cell_changes_its_keys(changes, changed):
+    one = {"grid": [{"methods": ["wanda"], "compressions": ["int4-lora"]}]}
+    before = cell(LORA, **(COMPRESSED | one))
+    after = cell(LORA, **(COMPRESSED | one | changes))
+    assert tuple(stage for stage in before.stages if before.key(stage) != after.key(stage)) == changed
+
+
+def test_code_of_compression_changes_compressed_cells_only(fixed_code):
+    before = [cell(**COMPRESSED).hash, cell(LORA, **COMPRESSED).hash]
+    fixed_code["compress"] = "2"
+    assert cell(**COMPRESSED).hash == before[0]
+    assert cell(LORA, **COMPRESSED).hash != before[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"grid": [{"methods": ["wanda"], "compressions": ["int8"]}]},
+            "grid.0.compressions: 'int8' is not defined; did you mean 'int4'?",
+        ),
+        (
+            {"compressions": {"int4": {"adapter_rnk": 0.1}, "int4-lora": {}}},
+            "unknown key 'compressions.int4.adapter_rnk'; did you mean 'adapter_rank'?",
+        ),
+        ({"compressions": {"a/b": {}, "int4": {}, "int4-lora": {}}}, "compressions.a/b"),
+    ],
+)
+def test_mistakes_in_compressions_are_told(changes, expected):
+    assert expected in message(**(BASE | COMPRESSED | changes))
+
+
+def test_a_compression_never_shares_the_folder_of_a_variant():
+    changes = COMPRESSED | {"variants": {"int4": {"wanda": {"shift_zero_metrics": True}}}}
+    changes["grid"] = [*COMPRESSED["grid"], {"methods": ["wanda"], "variants": ["int4"]}]
+    assert "two different cells would share the folder tiny/wanda/50-2of4/int4" in message(**(BASE | changes))
+
+
 # what is generated from the models
 
 
@@ -682,7 +802,7 @@ def test_every_key_and_every_option_has_a_row_with_its_default():
     sections = {part.partition("\n")[0].strip("`"): part for part in options_markdown().split("\n## ")}
     for model in (
         Experiment, experiments.ModelSource, experiments.GridBlock, experiments.Calibration, experiments.Training,
-        experiments.Tasks,
+        experiments.Tasks, experiments.Compression,
     ):  # fmt: skip
         for name, field in model.model_fields.items():
             rows = [line for line in sections[model.__name__].splitlines() if line.startswith(f"| `{name}` |")]

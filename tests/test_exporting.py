@@ -242,3 +242,11 @@ def test_records_of_something_else_are_refused(part, what, model_directory, tmp_
     with pytest.raises(PatchError, match=f"it is of another {what} than the one to export"):
         patch.export(str(model_directory), masks, tmp_path / "out", records=[record])
     assert not (tmp_path / "out").exists()
+
+
+def test_our_own_loader_packs_it_without_being_told_the_mask(model_directory, tmp_path):
+    masks = tile_masks(model_directory)
+    output = patch.export(str(model_directory), masks, tmp_path / "out", dtype="bfloat16")
+    dense = load_model(str(model_directory), dtype="bfloat16")
+    masks.apply_(prunable_linears(dense))
+    torch.testing.assert_close(patch.load(str(output))(IDS).logits, dense(IDS).logits)

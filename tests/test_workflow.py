@@ -66,6 +66,21 @@ def test_learned_cells_come_after_the_masks_that_they_start_from(tmp_path: Path)
     assert "--source slimpajama --sampling packed --length 4096 --samples 512000 --output" in training
 
 
+def test_weights_are_trained_on_the_text_and_from_the_mask_of_their_method(tmp_path: Path) -> None:
+    config = ROOT / "workflow" / "config" / "smollm2.yaml"
+    part = "only={methods: [proxsparse, fine_tune]}"
+    done = snakemake("--dry-run", "-p", "--configfile", str(config), "--directory", str(tmp_path), "--config", part)
+    learned = {command.split("--method ")[1].split()[0]: command for command in commands(done.stdout, "learn")}
+    model = "results/smollm2/smollm2-135m"
+    assert set(learned) == {"proxsparse", "fine_tune"}
+    assert f"--training {model}/tokens/documents.safetensors" in learned["proxsparse"]
+    assert f"--training {model}/tokens/training.safetensors" in learned["fine_tune"]
+    assert f"--start-mask {model}/sparsegpt/50-2of4/prune/mask.safetensors" in learned["fine_tune"]
+    texts = [command for command in commands(done.stdout, "prepare tokens") if "documents.safetensors" in command]
+    assert len(texts) == 1
+    assert "--sampling documents --length 2048 --samples 400 --seed 42" in texts[0]
+
+
 def commands(output: str, command: str) -> list[str]:
     """The shell commands of a dry-run that call `patch COMMAND`."""
     return [line for line in output.splitlines() if f"python -m patch {command} " in line]
@@ -176,7 +191,7 @@ def test_generated_schema_and_key_list_are_up_to_date() -> None:
     """`make docs` writes them."""
     import json
 
-    from patch.experiments import options_markdown, schema
+    from patch.config_docs import options_markdown, schema
 
     directory = ROOT / "workflow" / "config"
     assert json.loads((directory / "schema.json").read_text()) == schema()
@@ -199,3 +214,28 @@ def test_published_masks_are_fetched_with_the_models_and_not_trained(tmp_path: P
     assert f"--released {cell}/released.json" in taken
     assert not commands(output, "learn")
     assert commands(snakemake("prepare", *shown).stdout, "prepare released") == [fetched]
+
+
+def test_compressed_cells_come_after_the_mask_that_they_share(tmp_path: Path) -> None:
+    config = ROOT / "workflow" / "config" / "quantisation.yaml"
+    part = "only={models: [llama-2-7b], methods: [dense, released], sparsities: [0, 45]}"
+    shown = ("--dry-run", "-p", "--configfile", str(config), "--directory", str(tmp_path), "--config", part)
+    output = snakemake(*shown).stdout
+    mask = "results/quantisation/llama-2-7b/released/45-tiles128x128"
+    assert len(commands(output, "prune")) == len(commands(output, "prepare released")) == 1
+    made = {command.split(" --output ")[1].split()[0]: command for command in commands(output, "compress")}
+    assert set(made) == {f"{mask}/int4/compress", f"{mask}/int4-lora/compress"}
+    for name, command in made.items():
+        assert f"--mask {mask}/prune/mask.safetensors" in command
+        assert "--set 'quantiser=\"group_absmax\"' --set group_size=128" in command
+        lora = "lora" in name
+        assert ("tokens/calibration-seed-0.safetensors" in command) == lora
+        assert f"--set adapter_rank={0.1 if lora else 0.0}" in command
+        assert "inputs" not in command
+    measured = commands(output, "evaluate")
+    assert len(measured) == 3  # the mask alone is no cell here
+    for name in made:
+        assert sum(f"--compressed={name}/compressed.safetensors" in command for command in measured) == 1
+    prepared = snakemake("prepare", *shown).stdout
+    assert len(commands(prepared, "prepare released")) == 1
+    assert any("calibration-seed-0" in command for command in commands(prepared, "prepare tokens"))

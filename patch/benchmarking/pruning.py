@@ -24,7 +24,8 @@ from patch.benchmarking.shapes import layer_shapes
 from patch.methods import make_method
 from patch.provenance import stamp
 from patch.pruning.base import Statistic
-from patch.pruning.sequential import TOKENS_PER_BATCH, make_pruner
+from patch.pruning.hidden_states import TOKENS_PER_BATCH
+from patch.pruning.sequential import make_pruner
 from patch.sparsity.patterns import Pattern
 
 REPEATS = 3

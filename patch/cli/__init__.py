@@ -21,6 +21,7 @@ from patch.cli.export import export
 from patch.cli.inspect import inspect
 from patch.cli.learn import learn
 from patch.cli.options import fail
+from patch.cli.plan import plan
 from patch.cli.prune import prune
 
 app = typer.Typer(
@@ -33,7 +34,7 @@ app = typer.Typer(
 app.add_typer(prepare.app, name="prepare")
 STAGES: list[Callable[..., None]] = [prune, learn, compress, evaluate, export, inspect]
 RESULTS: list[Callable[..., None]] = [
-    results.collect, results.tables, results.figures, results.mlflow, results.show, results.status,
+    plan, results.collect, results.tables, results.figures, results.mlflow, results.show, results.status,
 ]  # fmt: skip
 for command in STAGES + RESULTS:
     app.command()(command)

@@ -10,6 +10,7 @@ import typer
 
 from patch.artefacts import write_text
 from patch.cli.options import (
+    CalibrationSamples,
     Device,
     Dtype,
     LearnedMethod,
@@ -140,7 +141,7 @@ def pruning(
     wanda: Annotated[Path | None, typer.Option(help="Checkout of locuslab/wanda to time too.")] = None,
     sparsegpt: Annotated[Path | None, typer.Option(help="Checkout of IST-DASLab/sparsegpt to time too.")] = None,
     thanos: Annotated[Path | None, typer.Option(help="Checkout of vectozavr/thanos to time too.")] = None,
-    samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 128,
+    samples: CalibrationSamples = 128,
     length: Length = 2048,
     device: Device = "auto",
     threads: Threads = None,

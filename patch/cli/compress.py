@@ -10,6 +10,8 @@ import typer
 
 from patch.artefacts import exclusive
 from patch.cli.options import (
+    CalibrationSamples,
+    CalibrationText,
     Device,
     Dtype,
     Key,
@@ -38,11 +40,9 @@ def compress(
     option: Annotated[
         list[str] | None, typer.Option("--set", help="A setting, e.g. adapter_rank=0.1; repeat for more.")
     ] = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="Token file of `prepare tokens`, or a text source; default: c4.")
-    ] = None,
+    calibration: CalibrationText = None,
     sampling: Sampling = "windows",
-    samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 128,
+    samples: CalibrationSamples = 128,
     length: Length = 2048,
     seed: Seed = 0,
     revision: Revision = None,

@@ -35,7 +35,7 @@ def docs(
     output: Annotated[Path, typer.Option(help="Directory for schema.json and options.md.")] = Path("workflow/config"),
 ) -> None:
     """Write the JSON schema of configs and the page of all keys, both generated from the code."""
-    from patch.experiments import options_markdown, schema
+    from patch.config_docs import options_markdown, schema
 
     write_json(output / "schema.json", schema())
     write_text(output / "options.md", options_markdown())

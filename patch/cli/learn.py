@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from patch.methods import Learned
     from patch.sparsity.patterns import Pattern
 
-DOCUMENTS_SEED = 42
-"""The reference's, for the documents of ProxSparse."""
 log = logging.getLogger("patch")
 
 
@@ -100,6 +98,7 @@ def learn(
     import pandas as pd
 
     from patch.artefacts import atomic_path
+    from patch.experiments import Documents
     from patch.learning import Stopped, distributed, learn_masks, train_weights
     from patch.learning.curves import observer
     from patch.methods import Learned, TrainedWeights
@@ -134,7 +133,7 @@ def learn(
             loaded = load_model(model, revision=revision, dtype=dtype)
             paths = {"pattern": pattern_mask, "reference": reference_mask, "start": start_mask}
             priors = {role: MaskSet.load(path) for role, path in paths.items() if path}
-            sampling, draw = ("documents", DOCUMENTS_SEED) if chosen.text == "documents" else ("packed", None)
+            sampling, draw = ("documents", Documents().seed) if chosen.text == "documents" else ("packed", None)
             samples = chosen.steps * chosen.batch_size
             tokens = tokens_from(training, model, revision, sampling, samples, length, draw)
             try:

@@ -31,6 +31,10 @@ Sampling = Annotated[
     typer.Option(help="windows (of documents that are long enough), packed, documents, or joined (for perplexity)."),
 ]
 Samples = Annotated[int | None, typer.Option(help="Number of sequences; all if not given.", min=1)]
+CalibrationText = Annotated[
+    str | None, typer.Option(help="Token file of `prepare tokens`, or a text source; default: c4.")
+]
+CalibrationSamples = Annotated[int, typer.Option(help="Calibration sequences.", min=1)]
 Length = Annotated[int, typer.Option(help="Tokens per sequence.", min=2)]
 Configs = Annotated[list[Path], typer.Option("--config", help="Config layer; repeat for more, later ones win.")]
 Override = Annotated[str, typer.Option(help="A last config layer as JSON.")]

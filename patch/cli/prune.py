@@ -13,6 +13,8 @@ import typer
 
 from patch.artefacts import PatchError, exclusive
 from patch.cli.options import (
+    CalibrationSamples,
+    CalibrationText,
     Device,
     Dtype,
     Key,
@@ -57,14 +59,12 @@ def prune(
         typer.Option(help="Percent to prune, for patterns that do not fix it; repeat for more. Default: 50."),
     ] = None,
     option: MethodOptions = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="Token file of `prepare tokens`, or a text source; default: c4.")
-    ] = None,
+    calibration: CalibrationText = None,
     released: Annotated[
         Path | None, typer.Option(help="released.json of `prepare released`; by default it is fetched now.")
     ] = None,
     sampling: Sampling = "windows",
-    samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 128,
+    samples: CalibrationSamples = 128,
     length: Length = 2048,
     seed: Seed = 0,
     revision: Revision = None,

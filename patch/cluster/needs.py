@@ -76,36 +76,49 @@ def stage(
     cell: Cell, name: Stage, parameters: float, gpu: Gpu | None, threads: int, max_minutes: int, attempt: int = 1
 ) -> Needs:
     """Of a stage of a cell. gpu: the kind it runs on, None for a CPU. attempt: counts from 1; more asks for more."""
-    weights = parameters * (4 if cell.source.dtype == "float32" else 2) / 2**30
+    weights, tokens = weights_gib(cell.source, parameters), tokens_of(cell, name)
     memory, gpus, nodes = 2 * weights, int(gpu is not None), 1
     if name == "learn":
         method = METHODS[cell.method](**cell.options)
         assert isinstance(method, Trained)
         assert cell.training
-        read = method.steps * method.batch_size * cell.training.length
         if gpu:
             gpus, nodes = learning_gpus(parameters, weights, method, cell.training.length, gpu)
-        seconds = 8 * parameters * read / (_flops(gpu, threads) * max(1, gpus * nodes))
-        memory += _saved_gib(parameters, weights, method)  # a state is copied to the host before it is written
+        seconds = 8 * parameters * tokens / (_flops(gpu, threads) * max(1, gpus * nodes))
+        memory += saved_gib(parameters, weights, method)  # a state is copied to the host before it is written
         memory += 0 if gpu else learning_gib(parameters, weights, method, cell.training.length)
     elif name == "prune":
-        looked_at = cell.calibration.samples * cell.calibration.length if cell.calibration else 0
         solving = 600 * parameters / 1e9 if cell.method in ("sparsegpt", "thanos") else 0
-        seconds = 4 * parameters * looked_at / _flops(gpu, threads) + solving * (1 if gpu else 10 / threads)
-        memory += 8 * looked_at * _width(parameters) / 2**30  # inputs and outputs of the block under way
+        seconds = 4 * parameters * tokens / _flops(gpu, threads) + solving * (1 if gpu else 10 / threads)
+        memory += 8 * tokens * _width(parameters) / 2**30  # inputs and outputs of the block under way
     elif name == "compress":
-        text = cell.compression_calibration
-        looked_at = text.samples * text.length if text else 0
         adapters = cell.compression_options is not None and cell.compression_options.adapter_rank > 0
         # Eigenvectors of a matrix as wide as the model in float64, for each layer.
         decomposing = 150 * (parameters / 1e9) * (_width(parameters) / 2048) if adapters else 0
-        seconds = 4 * parameters * looked_at / _flops(gpu, threads) + decomposing * (1 if gpu else 20 / threads)
-        memory += 8 * looked_at * _width(parameters) / 2**30 + (0 if gpu else 100 * _width(parameters) ** 2 / 2**30)
+        seconds = 4 * parameters * tokens / _flops(gpu, threads) + decomposing * (1 if gpu else 20 / threads)
+        memory += 8 * tokens * _width(parameters) / 2**30 + (0 if gpu else 100 * _width(parameters) ** 2 / 2**30)
     else:
-        texts = cell.evaluation.perplexity.values()
-        tokens = sum(text.length * (text.windows or 340_000 / text.length) for text in texts) + _task_tokens(cell)
         seconds = 3 * 2 * parameters * tokens / _flops(gpu, threads)  # short questions fill a GPU badly
     return Needs(_memory_mb(memory, attempt), min(_minutes(seconds, attempt), max_minutes), gpus, nodes)
+
+
+def weights_gib(source: ModelSource, parameters: float) -> float:
+    """Of the model in its precision."""
+    return parameters * (4 if source.dtype == "float32" else 2) / 2**30
+
+
+def tokens_of(cell: Cell, name: Stage) -> float:
+    """Tokens that a stage of a cell runs through the model."""
+    if name == "learn":
+        method = METHODS[cell.method](**cell.options)
+        assert isinstance(method, Trained)
+        assert cell.training
+        return method.steps * method.batch_size * cell.training.length
+    if name in ("prune", "compress"):
+        text = cell.calibration if name == "prune" else cell.compression_calibration
+        return text.samples * text.length if text else 0
+    texts = cell.evaluation.perplexity.values()
+    return sum(text.length * (text.windows or 340_000 / text.length) for text in texts) + _task_tokens(cell)
 
 
 def learning_gib(parameters: float, weights: float, method: Trained, length: int) -> float:
@@ -144,7 +157,7 @@ def _logits_gib(parameters: float, method: Learned) -> float:
     return 1.5 * parameters * sum(method.logit_bytes) / 2**30 if isinstance(method, LearnedPatterns) else 0.0
 
 
-def _saved_gib(parameters: float, weights: float, method: Trained) -> float:
+def saved_gib(parameters: float, weights: float, method: Trained) -> float:
     """Of a saved state."""
     if isinstance(method, TrainedWeights):
         element = round(weights / parameters * 2**30)

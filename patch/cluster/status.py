@@ -46,14 +46,10 @@ def grid_status(
             states = slurm.states(set(open_jobs))
         except NoAnswer as error:
             raise PatchError(f"Slurm does not answer: {error}") from None
-    grid = experiment.expand()
-    measured = {cell.path for cell in grid.cells}
     found = []
-    for cell in [*grid.prerequisites, *grid.cells]:
-        masks: list[Stage] = [cell.mask_stage] if cell.mask_stage and not cell.compression_options else []
-        for stage in masks + [stage for stage in cell.stages if stage != cell.mask_stage and cell.path in measured]:
-            folder = results / experiment.name / cell.folder(stage)
-            found.append(_stage_status(cell, stage, folder, tasks.get(str(folder / "record.json")), states))
+    for cell, stage in experiment.expand().stages():
+        folder = results / experiment.name / cell.folder(stage)
+        found.append(_stage_status(cell, stage, folder, tasks.get(str(folder / "record.json")), states))
     return found
 
 

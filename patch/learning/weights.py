@@ -22,11 +22,11 @@ from transformers import PreTrainedModel
 
 from patch.artefacts import PatchError
 from patch.data import PADDING, TokenSet
+from patch.kernels.proximal import proximal_, two_of_four
 from patch.learning import distributed
 from patch.learning.loop import LearnedMasks, Loop, Row, check_training, gradient_norm, out_of_memory
 from patch.learning.memory import weights_memory_estimate
 from patch.learning.optimizers import apply, make_optimizer
-from patch.learning.proximal import proximal_, two_of_four
 from patch.learning.readback import Readback
 from patch.learning.schedules import Schedule
 from patch.methods import FineTune, ProxSparse, TrainedWeights

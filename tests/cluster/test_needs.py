@@ -10,8 +10,8 @@ import transformers
 from patch.cluster.needs import learning_gib, learning_gpus, parameter_count, stage
 from patch.cluster.site import Gpu
 from patch.experiments import Cell, ModelSource, load_experiment
-from patch.learning.memory import memory_estimate
-from patch.methods import METHODS, Learned
+from patch.learning.memory import memory_estimate, weights_memory_estimate
+from patch.methods import METHODS, Learned, TrainedWeights
 from patch.sparsity.patterns import Pattern
 
 PAPER = Path(__file__).parents[2] / "workflow" / "config" / "paper.yaml"
@@ -43,6 +43,39 @@ def test_memory_is_near_the_estimate_of_the_learning_code(name: str, method: str
     assert ours < 2 * exact
 
 
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("proxsparse", {}), ("fine_tune", {}), ("fine_tune", {"rounding": "stochastic", "optimizer": "adamw_8bit"})],
+)
+def test_memory_of_training_weights_is_near_the_estimate_too(name: str, method: str, options: dict[str, str]) -> None:
+    config = transformers.LlamaConfig(**SHAPES[name], num_attention_heads=SHAPES[name]["hidden_size"] // 64)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    chosen = METHODS[method](**options)
+    assert isinstance(chosen, TrainedWeights)
+    exact = weights_memory_estimate(model, chosen, 4096)["sum"]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    ours = learning_gib(parameters, 2 * parameters / 2**30, chosen, 4096)
+    assert exact < 1.05 * ours
+    assert ours < 2 * exact
+
+
+def test_bytes_of_a_trained_weight_are_those_of_the_tensors_that_there_are() -> None:
+    """bfloat16: copy, gradients (the model's, and a float32 one), moments."""
+    assert METHODS["proxsparse"]().weight_bytes(2) == (0, 2, 4)  # type: ignore[attr-defined]
+    assert METHODS["fine_tune"]().weight_bytes(2) == (4, 6, 8)  # type: ignore[attr-defined]
+    assert METHODS["fine_tune"]().weight_bytes(4) == (0, 4, 8)  # type: ignore[attr-defined]
+
+
+def test_training_weights_takes_one_gpu_and_its_state_memory_of_the_host(cells: dict[str, Cell]) -> None:
+    cell = cells["llama-2-7b/proxsparse/50-2of4"]
+    asked = stage(cell, "learn", 7e9, H100, 1, 1440)
+    assert (asked.gpus, asked.nodes) == (1, 1)
+    saved = 7e9 * (2 + 4) / 2**20  # weights and both moments, MiB
+    assert asked.memory_mb > saved + 7e9 * 2 / 2**20
+
+
 def test_learning_that_does_not_fit_one_gpu_takes_as_many_as_it_needs() -> None:
     method = METHODS["patch_joint"]()
     assert isinstance(method, Learned)
@@ -64,6 +97,17 @@ def test_needs_grow_with_the_model_and_with_attempts_and_time_is_bounded(cells: 
         assert one.gpus == 1
         assert one.cpus == 4
     assert stage(cells["llama-2-13b/patch_tile/45-tiles128x128"], "learn", 13e9, H100, 1, 600).minutes == 600
+
+
+def test_adapters_cost_more_than_quantisation_and_more_in_large_models() -> None:
+    path = PAPER.with_name("quantisation.yaml")
+    cells = {cell.path: cell for cell in load_experiment([path]).cells()}
+    plain, adapters = (cells[f"llama-2-7b/patch_tile/45-tiles128x128/{name}"] for name in ("int4", "int4-lora"))
+    asked = [stage(cell, "compress", 7e9, H100, 1, 1440) for cell in (plain, adapters)]
+    assert asked[0].minutes < asked[1].minutes <= 240
+    assert asked[0].memory_mb < asked[1].memory_mb
+    assert stage(adapters, "compress", 70e9, H100, 1, 6000).minutes > asked[1].minutes
+    assert stage(adapters, "compress", 7e9, None, 8, 6000).minutes > asked[1].minutes
 
 
 def test_similar_jobs_have_equal_needs_so_that_they_share_an_array(cells: dict[str, Cell]) -> None:

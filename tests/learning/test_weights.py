@@ -6,21 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
 
 from patch.artefacts import PatchError
+from patch.cli import app
 from patch.data import PADDING, TokenSet
+from patch.kernels.proximal import proximal_
 from patch.learning.loop import LearnedMasks
 from patch.learning.objective import NextTokenLoss
-from patch.learning.proximal import proximal_
 from patch.learning.weights import anchor, train_weights
 from patch.methods import FineTune, Magnitude, ProxSparse, TrainedWeights
 from patch.models import prunable_linears
 from patch.pruning import prune_model
-from patch.sparsity.maskset import MaskSet
-from patch.sparsity.patterns import Pattern
+from patch.records import Record
+from patch.sparsity.maskset import LinearMask, MaskSet, fingerprint
+from patch.sparsity.patterns import Pattern, keep_n_of_m
+from patch.sparsity.tiles import expand, grid_shape
 
 TWO_OF_FOUR = Pattern.parse("2:4")
 SHORT: dict[str, Any] = {"steps": 6, "batch_size": 4, "micro_batch_size": 2, "warmup_steps": 1, "learning_rate": 3e-3}
@@ -120,7 +125,7 @@ def test_the_anchors_slope_is_the_derivative_of_its_value() -> None:
     term = (weight * (weight - original) / divisor).square().sum()
     (slope,) = torch.autograd.grad(term, weight)
     value, ours = anchor(weight.detach(), original, 0.1)
-    assert float(value) == pytest.approx(float(term))
+    assert float(value) == pytest.approx(term.item())
     assert torch.allclose(ours, slope)
 
 
@@ -151,6 +156,26 @@ def test_fine_tuning_lowers_the_loss_and_keeps_every_zero(
         assert torch.equal(mask.keep_mask(), keep)
         assert not weight[~keep].any()
         assert torch.equal(mask.values, weight[keep])
+
+
+def test_learned_tiles_and_updated_weights_are_starts_like_others(
+    train: Callable[..., tuple[Model, LearnedMasks]], tiny_model: Callable[..., Model]
+) -> None:
+    linears = prunable_linears(tiny_model("llama"))
+    tiles = Pattern.parse("tiles:16xK")
+    masks = {}
+    for number, (name, linear) in enumerate(linears.items()):
+        shape = (linear.out_features, linear.in_features)
+        pattern = tiles.for_layer(*shape)
+        dense = torch.arange(grid_shape(shape, pattern.tile)[0]).unsqueeze(1) % 2 == number % 2
+        keep = keep_n_of_m(linear.weight.abs(), 2, 4) | expand(dense, shape, pattern.tile)
+        masks[name] = LinearMask.from_keep_mask(keep, pattern, dense_tiles=dense, new_weight=2 * linear.weight)
+    start = MaskSet(masks, fingerprint(linears))
+    _, learned = train(FineTune(**SHORT | {"learning_rate": 1e-9}), "tiles:16xK", {"start": start})
+    assert learned.curves[-1]["density"] == pytest.approx(1 - start.sparsity)
+    for name, mask in learned.masks.linears.items():
+        assert torch.equal(mask.dense_tiles(), masks[name].dense_tiles())
+        assert torch.allclose(mask.values, masks[name].values, atol=1e-6)  # goes on from the updated weights
 
 
 def test_only_the_weights_of_linears_train(
@@ -245,6 +270,35 @@ def test_divergence_names_step_and_remedy(
 ) -> None:
     with pytest.raises(PatchError, match=r"step \d: .*lower the learning rate"):
         train(FineTune(**SHORT | {"learning_rate": 1e38}), "2:4", start_of(tiny_model("llama")))
+
+
+def test_the_command_finds_a_mask_and_goes_on_to_train_what_it_keeps(
+    model_directory: Path, documents: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("\n\n".join(documents))
+
+    def learn(method: str, **options: str) -> None:
+        settings = {"steps": 4, "batch_size": 2, "learning_rate": 1e-3}
+        arguments = ["learn", "--model", str(model_directory), "--method", method, "--pattern", "2:4", "--length", "16"]
+        arguments += ["--training", str(tmp_path / "text.txt"), "--device", "cpu", "--output", str(tmp_path / method)]
+        arguments += [item for name, value in settings.items() for item in ("--set", f"{name}={value}")]
+        arguments += [item for name, value in options.items() for item in (f"--{name}", value)]
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+
+    learn("proxsparse")
+    found = MaskSet.load(tmp_path / "proxsparse" / "mask.safetensors")
+    learn("fine_tune", **{"start-mask": str(tmp_path / "proxsparse" / "mask.safetensors")})
+    tuned = MaskSet.load(tmp_path / "fine_tune" / "mask.safetensors")
+    for name, mask in tuned.linears.items():
+        assert torch.equal(mask.packed, found.linears[name].packed)
+        assert found.linears[name].values is None
+        assert mask.values is not None
+    record = Record.read(tmp_path / "fine_tune")
+    assert record.inputs["start"] == found.checksum
+    assert Record.read(tmp_path / "proxsparse").protocol["training"]["sampling"] == "documents"
+    curves = pd.read_parquet(tmp_path / "proxsparse" / "curves.parquet")
+    assert curves[["loss", "learning_rate", "tokens_per_second", "two_of_four"]].notna().all(axis=None)
 
 
 def test_a_missing_start_is_told(train: Callable[..., tuple[Model, LearnedMasks]]) -> None:

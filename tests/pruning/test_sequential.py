@@ -12,7 +12,7 @@ from torch import nn
 from patch.artefacts import PatchError
 from patch.methods import Dense, Magnitude, SparseGPT, Thanos, Wanda
 from patch.models import prunable_linears
-from patch.pruning import prune_model, sequential
+from patch.pruning import hidden_states, prune_model, sequential
 from patch.pruning.wanda import InputNorm
 from patch.sparsity.maskset import MaskSet
 from patch.sparsity.patterns import Pattern
@@ -128,7 +128,7 @@ def test_the_batch_size_of_calibration_does_not_matter(
 ):
     results = []
     for tokens_per_batch in (1, 48, 10**6):  # one sequence, two, all six at a time
-        monkeypatch.setitem(sequential.TOKENS_PER_BATCH, "cpu", tokens_per_batch)
+        monkeypatch.setitem(hidden_states.TOKENS_PER_BATCH, "cpu", tokens_per_batch)
         model = tiny_model(architecture_with_batches)
         masks = prune_model(model, METHODS[method], TWO_FOUR, 0.5, tokens())
         results.append((masks, model.state_dict()))

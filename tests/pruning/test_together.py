@@ -11,7 +11,7 @@ import torch
 from patch.artefacts import PatchError
 from patch.methods import Magnitude, Method, Random, SparseGPT, Thanos, Wanda
 from patch.models import decoder_blocks, prunable_linears
-from patch.pruning import Job, prune_model, prune_together, sequential
+from patch.pruning import Job, hidden_states, prune_model, prune_together
 from patch.pruning.hessian import Hessian
 from patch.pruning.wanda import InputNorm
 from patch.sparsity.maskset import MaskSet
@@ -42,7 +42,7 @@ def checksum(masks: MaskSet | PatchError, path) -> str:
 
 @pytest.mark.parametrize("tokens_per_batch", [24, 10**6], ids=["a sequence at a time", "all at once"])
 def test_every_mask_is_the_one_it_is_alone(architecture, tokens_per_batch, tiny_model, tokens, tmp_path, monkeypatch):
-    monkeypatch.setitem(sequential.TOKENS_PER_BATCH, "cpu", tokens_per_batch)
+    monkeypatch.setitem(hidden_states.TOKENS_PER_BATCH, "cpu", tokens_per_batch)
     jobs = mixed_jobs()
     together = prune_together(tiny_model(architecture), jobs, tokens(), seed=3)
     for job, masks in zip(jobs, together, strict=True):
@@ -91,7 +91,7 @@ def test_forward_passes_are_not_repeated(options, passes, tiny_model, tokens):
         Job(SparseGPT(**options), UNSTRUCTURED, 0.3),
     ]
     # the shapes of what the model passes to its blocks are asked for with one sequence each
-    asked = block_calls(model, lambda: sequential._HiddenStates(model, calibration, "cpu"))
+    asked = block_calls(model, lambda: hidden_states.HiddenStates(model, calibration, "cpu"))
     counted = block_calls(model, lambda: prune_together(model, jobs, calibration))
     assert [(total - probe) / 6 for total, probe in zip(counted, asked, strict=True)] == passes
 

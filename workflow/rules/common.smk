@@ -161,7 +161,7 @@ def released_mask(wildcards):
 
 
 def released_file(cell):
-    return f"{RUN}/{cell.path}/released.json"
+    return f"{RUN}/{cell.uncompressed.path}/released.json"
 
 
 def released_options(wildcards):

@@ -18,7 +18,7 @@ from pathlib import Path
 import filelock
 
 from patch.artefacts import PatchError, atomic_path
-from patch.embedded import cache_directory
+from patch.cache import cache_directory
 
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler", "-fPIC")
 _FOLDER = Path(__file__).parent

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from patch.artefacts import PatchError, write_json
-from patch.embedded import cache_directory
+from patch.cache import cache_directory
 from patch.kernels import runs_triton
 from patch.kernels.hybrid import hopper
 from patch.kernels.hybrid.format import DENSE_BYTES, SPARSE_BYTES, HybridWeight, reference_matmul, unpack

@@ -35,7 +35,7 @@ STYLES: dict[str, tuple[int, str, Any]] = {
     "patch_joint": (0, "o", "-"),
     "patch_tile": (9, "P", "-"),
     "fine_tune": (8, "h", (0, (3, 1))),
-    "released": (8, "*", (0, (2, 1))),
+    "released": (0, "*", (0, (2, 1))),
 }
 
 
