@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "compression": ("string", "named way to quantise the weights, or none"),
     "seed": ("Int64", "seed of the cell"),
     "status": ("string", "done, missing or excluded"),
-    "reason": ("string", "why a cell is not done"),
+    "reason": ("string", "why a cell is not done, or that other settings or code made a record that was taken"),
     "stage": ("string", "prune, learn, compress or evaluate"),
     "subject": ("string", "data set, task, layer, or model"),
     "metric": ("string", "perplexity, acc, acc_norm, sparsity, train_cross_entropy, wall_s, ..."),
@@ -105,19 +106,23 @@ PAIRED_COLUMNS: dict[str, tuple[str, str]] = {
     "items": ("Int64", "windows or questions"),
 }
 PAIRED = "paired.parquet"
+_OTHER = "made by other settings or code"
 log = logging.getLogger(__name__)
 
 
-def collect(experiment: Experiment, results: Path | str, logs: Path | str = "logs") -> pd.DataFrame:
+def collect(
+    experiment: Experiment, results: Path | str, logs: Path | str = "logs", *, stale: bool = False
+) -> pd.DataFrame:
     """Read the records of all cells of `experiment` below `results`/NAME.
 
-    Records of other settings or other code count as missing. Where a stage has a log below `logs`/NAME but no record,
-    the reason names the log.
+    Records of other settings or other code count as missing; with `stale` they are taken, and `reason` says so. Where a
+    stage has a log below `logs`/NAME but no record, the reason names the log.
     """
     grid = experiment.expand()
+    records = _Records(Path(results) / experiment.name, stale)
     rows: list[dict[str, Any]] = []
     for cell in grid.cells:
-        rows += _cell_rows(cell, Path(results) / experiment.name, Path(logs) / experiment.name)
+        rows += _cell_rows(cell, records, Path(logs) / experiment.name)
     for cell, reason in grid.excluded:
         rows.append({**_identity(cell), "status": "excluded", "reason": reason})
     missing = [row for row in rows if row["status"] == "missing"]
@@ -127,27 +132,31 @@ def collect(experiment: Experiment, results: Path | str, logs: Path | str = "log
     return table.astype({name: dtype for name, (dtype, _) in COLUMNS.items()})
 
 
-def collect_curves(experiment: Experiment, results: Path | str) -> pd.DataFrame:
-    """Read the curves of all cells of `experiment` whose mask was learned, by the settings and code of now.
+def collect_curves(experiment: Experiment, results: Path | str, *, stale: bool = False) -> pd.DataFrame:
+    """Read the curves of all cells of `experiment` whose mask was learned; `stale` as in `collect`.
 
     Compressed cells have those of the mask that they use.
     """
+    records = _Records(Path(results) / experiment.name, stale)
     tables = []
     for cell in experiment.cells():
-        run = Path(results) / experiment.name
         if cell.mask_stage != "learn" or cell.compression_options:
             continue
         try:
-            _record(cell, run, "learn")
+            records.read(cell, "learn")
         except PatchError:  # `collect` says so
             continue
-        tables.append(_cell_curves(cell, run / cell.folder("learn") / CURVES))
+        tables.append(_cell_curves(cell, records.run / cell.folder("learn") / CURVES))
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(CURVE_COLUMNS))
     return table.astype({name: dtype for name, (dtype, _) in CURVE_COLUMNS.items()})
 
 
-def collect_paired(experiment: Experiment, results: Path | str) -> pd.DataFrame:
-    """Compare all evaluated cells of a model and seed, and the dense model, pair by pair on the items of `evaluate`."""
+def collect_paired(experiment: Experiment, results: Path | str, *, stale: bool = False) -> pd.DataFrame:
+    """Compare all evaluated cells of a model and seed, and the dense model, pair by pair on the items of `evaluate`.
+
+    `stale` as in `collect`.
+    """
+    records = _Records(Path(results) / experiment.name, stale)
     tables = []
     cells = experiment.cells()
     for model, seed in dict.fromkeys((cell.model, cell.seed) for cell in cells):
@@ -155,10 +164,9 @@ def collect_paired(experiment: Experiment, results: Path | str) -> pd.DataFrame:
         subjects: set[str] = set()
         for cell in cells:
             if cell.model == model and (cell.seed == seed or cell.method == "dense"):
-                run = Path(results) / experiment.name
                 with contextlib.suppress(PatchError):  # `collect` says so
-                    subjects |= {metric.subject for metric in _record(cell, run, "evaluate").metrics}
-                    items[cell.path] = _items(run / cell.folder("evaluate") / "items.parquet")
+                    subjects |= {metric.subject for metric in records.read(cell, "evaluate").metrics}
+                    items[cell.path] = _items(records.run / cell.folder("evaluate") / "items.parquet")
         pairs = paired.compare(items, subjects)
         tables.append(pairs.assign(run=experiment.name, model=model))
     table = pd.concat(tables, ignore_index=True)[list(PAIRED_COLUMNS)]
@@ -223,15 +231,34 @@ def _items(path: Path) -> pd.DataFrame:
         raise PatchError(f"{path}: cannot be read; evaluate the cell again.") from None
 
 
-def _cell_rows(cell: Cell, run: Path, logs: Path) -> list[dict[str, Any]]:
-    records = []
+@dataclass(frozen=True)
+class _Records:
+    """The records of a run."""
+
+    run: Path
+    stale: bool
+    """Whether records of other settings or code are taken, too."""
+
+    def read(self, cell: Cell, stage: Stage) -> Record:
+        """Raises PatchError when it is missing or, unless `stale`, not of the cell's settings and code."""
+        directory = self.run / cell.folder(stage)
+        record = Record.read(directory)
+        if record.key != cell.key(stage) and not self.stale:
+            raise PatchError(f"{directory}: {_OTHER}; run the stage again")
+        return record
+
+
+def _cell_rows(cell: Cell, records: _Records, logs: Path) -> list[dict[str, Any]]:
+    found = []
     for stage in cell.stages:
         try:
-            records.append(_record(cell, run, stage))
+            found.append(records.read(cell, stage))
         except PatchError as error:
-            reason = _reason(run / cell.folder(stage), logs / f"{cell.folder(stage)}.log", error)
+            reason = _reason(records.run / cell.folder(stage), logs / f"{cell.folder(stage)}.log", error)
             return [{**_identity(cell), "status": "missing", "reason": reason}]
-    return [row for record in records for row in _record_rows(cell, record, _realised(records))]
+    rows = [row for record in found for row in _record_rows(cell, record, _realised(found))]
+    other = [stage for stage, record in zip(cell.stages, found, strict=True) if record.key != cell.key(stage)]
+    return [{**row, "reason": f"{', '.join(other)}: {_OTHER}" if other else None} for row in rows]
 
 
 def _reason(directory: Path, log_file: Path, error: PatchError) -> str:
@@ -249,15 +276,6 @@ def _cell_curves(cell: Cell, path: Path) -> pd.DataFrame:
     schedules = [name for name in STEP_COLUMNS if name.startswith(("pattern_", "tile_"))]
     table[[name for name in schedules if name not in cell.options]] = float("nan")
     return table.assign(**_identity(cell))[list(CURVE_COLUMNS)]
-
-
-def _record(cell: Cell, run: Path, stage: Stage) -> Record:
-    """Raises PatchError when it is missing or not of the cell's settings and code."""
-    directory = run / cell.folder(stage)
-    record = Record.read(directory)
-    if record.key != cell.key(stage):
-        raise PatchError(f"{directory}: made by other settings or code; run the stage again")
-    return record
 
 
 def _record_rows(cell: Cell, record: Record, realised: float) -> Iterator[dict[str, Any]]:

@@ -27,6 +27,9 @@ def collect(
     output: Annotated[Path, typer.Option(help="Runs table to write, .parquet; the others come beside it.")],
     override: Override = "{}",
     results: Annotated[Path, typer.Option(help="Directory that holds the experiment's folder.")] = Path("results"),
+    stale: Annotated[
+        bool, typer.Option("--stale", help="Take records made by other settings or code, too; rows say so.")
+    ] = False,
 ) -> None:
     """Gather the records of an experiment into one tidy table, and into two more curves and paired comparisons.
 
@@ -36,10 +39,10 @@ def collect(
     from patch.experiments import load_experiment
 
     experiment = load_experiment(config, json.loads(override))
-    table = collecting.collect(experiment, results)
+    table = collecting.collect(experiment, results, stale=stale)
     collecting.write_runs(table, output)
-    collecting.write_curves(collecting.collect_curves(experiment, results), output)
-    collecting.write_paired(collecting.collect_paired(experiment, results), output)
+    collecting.write_curves(collecting.collect_curves(experiment, results, stale=stale), output)
+    collecting.write_paired(collecting.collect_paired(experiment, results, stale=stale), output)
     write_json(output.with_name("experiment.json"), experiment.model_dump(mode="json"))
     counts = table.drop_duplicates("cell")["status"].value_counts()
     log.info("%s: %s", output, ", ".join(f"{number} cells {status}" for status, number in counts.items()))
@@ -69,6 +72,9 @@ def mlflow(
     runs: Runs,
     uri: Annotated[str, typer.Option(help="MLflow tracking store.")] = "sqlite:///results/mlflow.db",
     artifact: Annotated[list[Path] | None, typer.Option(help="File to attach; repeat for more.")] = None,
+    masks: Annotated[
+        Path | None, typer.Option(help="Directory that holds the experiment's folder: attach the cells' masks.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="File to write: what was done.")] = None,
 ) -> None:
     """Write the runs table to MLflow. Doing it again changes nothing; changed results replace old ones."""
@@ -76,7 +82,7 @@ def mlflow(
     from patch.reporting.tracking import track
 
     study = Study.read(runs)
-    counts = track(study.runs, study.curves, uri, artifact or [])
+    counts = track(study.runs, study.curves, uri, artifact or [], masks)
     log.info("%s: %s", uri, ", ".join(f"{number} runs {what}" for what, number in counts.items()))
     if output:
         write_json(output, {"uri": uri, **counts})

@@ -24,7 +24,9 @@ from patch.reporting.allocation import layers
 from patch.reporting.comparisons import Comparisons, Difference
 from patch.reporting.published import (
     DIRECTORY,
+    PAPER_TOKENS,
     Published,
+    as_learned,
     load_published,
     same_perplexity_protocol,
     same_tasks_protocol,
@@ -36,8 +38,6 @@ from patch.sparsity.patterns import Pattern
 
 Word = Literal["reproduced", "not reproduced", "not run"]
 Metric = Literal["perplexity", "accuracy"]
-PAPER_TOKENS = 2000 * 256 * 4096
-"""Tokens that a mask of the paper is learned on."""
 
 
 class Closed(BaseModel):
@@ -80,7 +80,7 @@ class CellOf(Closed):
             method = "patch_joint" if "patch_joint" in model.methods else "patch_tile"
         fixed = Pattern.parse(self._pattern).fixed_sparsity
         sparsity = 100 * fixed if fixed is not None else self.sparsity
-        return {
+        setting = {
             "model": model.name,
             "sparsity": sparsity if sparsity is not None else 0.0,
             "method": method,
@@ -88,6 +88,7 @@ class CellOf(Closed):
             "variant": self.variant,
             "compression": self.compression,
         }
+        return model.released.get(tuple(setting[name] for name in KEYS), setting)
 
     def title(self, model: _Model) -> str:
         """How evidence names it."""
@@ -386,6 +387,8 @@ class Claim(Closed):
     source: str
     models: tuple[str, ...]
     """Hub ids of the models that it is made for."""
+    only: bool = False
+    """Whether it says something of these models alone; it is then not asked of others."""
     query: Query
 
 
@@ -444,7 +447,12 @@ def judge(study: Study, claims: list[Claim]) -> list[Verdict]:
             verdicts.append(_verdict(claim, query.model, True, findings))
         else:
             for model in models:
-                verdicts.append(_verdict(claim, model.name, model.source in claim.models, list(query.answer(model))))
+                of_paper = model.source in claim.models
+                if claim.only and not of_paper:
+                    findings = [_Finding(None, f"speaks of {', '.join(claim.models)} only")]
+                else:
+                    findings = list(query.answer(model))
+                verdicts.append(_verdict(claim, model.name, of_paper, findings))
     return verdicts
 
 
@@ -480,10 +488,17 @@ class _Model:
     compared: Comparisons
     methods: set[str] = field(init=False)
     source: str = field(init=False)
+    released: dict[tuple[Any, ...], dict[str, Any]] = field(init=False)
+    """Settings of released masks by those that they stand for."""
 
     def __post_init__(self) -> None:
-        self.methods = set(self.table["method"])
+        rows = self.table[["source", *KEYS]].to_dict("records")
+        named = [(as_learned(row), row) for row in rows]
+        self.methods = {str(name["method"]) for name, _ in named}
         self.source = str(self.table["source"].iloc[0])
+        own = {tuple(row[key] for key in KEYS) for row in rows}
+        keyed = ((tuple(name[key] for key in KEYS), row) for name, row in named if row["method"] == "released")
+        self.released = {key: {name: row[name] for name in KEYS} for key, row in keyed if key not in own}
         self._published = Published(load_published())
 
     def compare(self, better: CellOf, worse: CellOf, metric: Metric, margin: float = 0.0) -> _Finding:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from patch.artefacts import PatchError
 from patch.experiments import TASKS, UNCOMPRESSED
+from patch.reporting.targets import PAPER_TILES, SMALL
 
 DIRECTORY = Path(__file__).parents[2] / "results" / "published"
 QWEN = "Qwen/Qwen2.5-0.5B"
@@ -26,35 +27,37 @@ DENSE_TOLERANCE = {"perplexity": 0.01, "acc": 0.5}
 values of the same cell differ by as much between papers (LLaMA-3.1-8B: 5.84 here, 5.89 in MaskLLM's README), and an
 average moves by a few tenths of a point between versions of the harness."""
 
-_TILES = "tiles:128x128"
+PAPER_TOKENS = 2000 * 256 * 4096
+"""Tokens that a mask of the paper is learned on."""
+
 # File and column: the cell that it is (method, pattern, variant). Variants are named as in workflow/config.
 _ABLATIONS = {
     "tile_size": {str(n): ("patch_joint", f"tiles:{n}x{n}", "default") for n in (128, 64, 32, 16, 8, 4)},
     "density_target": {
-        "global": ("patch_joint", _TILES, "default"),
-        "per_layer": ("patch_joint", _TILES, "per-block"),
+        "global": ("patch_joint", PAPER_TILES, "default"),
+        "per_layer": ("patch_joint", PAPER_TILES, "per-block"),
     },
     "frozen_mask": {
-        "tile_maskllm": ("patch_tile", _TILES, "default"),
-        "tile_sparsegpt": ("patch_tile", _TILES, "on-sparsegpt"),
-        "tile_wanda": ("patch_tile", _TILES, "on-wanda"),
-        "tile_magnitude": ("patch_tile", _TILES, "on-magnitude"),
-        "joint": ("patch_joint", _TILES, "default"),
+        "tile_maskllm": ("patch_tile", PAPER_TILES, "default"),
+        "tile_sparsegpt": ("patch_tile", PAPER_TILES, "on-sparsegpt"),
+        "tile_wanda": ("patch_tile", PAPER_TILES, "on-wanda"),
+        "tile_magnitude": ("patch_tile", PAPER_TILES, "on-magnitude"),
+        "joint": ("patch_joint", PAPER_TILES, "default"),
     },
     "tile_prior": {
-        "none": ("patch_joint", _TILES, "prior-none"),
-        "sparsegpt": ("patch_joint", _TILES, "default"),
-        "wanda": ("patch_joint", _TILES, "prior-wanda"),
-        "magnitude": ("patch_joint", _TILES, "prior-magnitude"),
-        "random": ("patch_joint", _TILES, "prior-random"),
+        "none": ("patch_joint", PAPER_TILES, "prior-none"),
+        "sparsegpt": ("patch_joint", PAPER_TILES, "default"),
+        "wanda": ("patch_joint", PAPER_TILES, "prior-wanda"),
+        "magnitude": ("patch_joint", PAPER_TILES, "prior-magnitude"),
+        "random": ("patch_joint", PAPER_TILES, "prior-random"),
     },
 }
 # Rows of quantisation.csv: method, pattern and compression as in configs.
 _QUANTISED = {
     "dense_fp16": ("dense", "dense", UNCOMPRESSED),
     "maskllm_4bit": ("maskllm", "2:4", "int4"),
-    "patch_tile_4bit": ("patch_tile", _TILES, "int4"),
-    "patch_tile_4bit_slim_lora": ("patch_tile", _TILES, "int4-lora"),
+    "patch_tile_4bit": ("patch_tile", PAPER_TILES, "int4"),
+    "patch_tile_4bit_slim_lora": ("patch_tile", PAPER_TILES, "int4-lora"),
 }
 _QUANTISED_MODELS = {"Llama-2-7B": "meta-llama/Llama-2-7b-hf", "Llama-3.1-8B": "meta-llama/Llama-3.1-8B"}
 
@@ -110,6 +113,17 @@ def _quantised(directory: Path) -> Iterator[tuple[Any, ...]]:
             yield ("quantisation", *cell, "acc", "mean", row[f"{column}_acc"], None)
 
 
+def as_learned(cell: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """A cell as the paper names it: released masks stand beside the method that made them, others beside themselves.
+
+    cell: by KEYS or more. Released 2:4 masks are MaskLLM's; of tiles, the small models' are PATCH-Joint's.
+    """
+    if cell.get("method") != "released":
+        return cell
+    tiles = "patch_joint" if cell["source"] in SMALL else "patch_tile"
+    return {**cell, "method": "maskllm" if cell["pattern"] == "2:4" else tiles, "variant": "default"}
+
+
 class Published:
     """The published values by cell, as in `load_published`."""
 
@@ -119,6 +133,7 @@ class Published:
 
     def get(self, cell: Mapping[Any, Any], metric: str, subject: str) -> tuple[float, int | None] | None:
         """Value and length of a cell, given by KEYS; None where it has none. Length: None if in doubt."""
+        cell = as_learned(cell)
         found = self._values.get((*(cell[name] for name in KEYS), metric, subject))
         return None if found is None else (float(found[0]), None if pd.isna(found[1]) else int(found[1]))
 
@@ -137,6 +152,7 @@ class Note(BaseModel):
 
     def concerns(self, row: Mapping[Any, Any], metric: str) -> bool:
         """Whether the note speaks of the published `metric` of this row of a table."""
+        row = as_learned(row)
         return (
             bool(self.rows)
             and self.metric in (None, metric)

@@ -38,6 +38,7 @@ def settings(runs: pd.DataFrame) -> pd.DataFrame:
     cells["realised_sparsity"] = _floats(cells["realised_sparsity"])
     cells["sparsity"] = _floats(cells["sparsity"])
     cells["is_done"] = cells["status"] == "done"
+    cells["reason"] = cells["reason"].mask(cells["is_done"])
     table = (
         cells.groupby(KEYS, sort=False)
         .agg(

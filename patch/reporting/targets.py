@@ -56,8 +56,9 @@ def _tiles(setting: Setting) -> bool:
 
 
 def _plain(setting: Setting) -> bool:
-    """Only pruned, by the method's default settings."""
-    return setting["variant"] == "default" and setting["compression"] == UNCOMPRESSED
+    """Only pruned, by the method's default settings; variants of released masks are the methods that made them."""
+    usual = setting["variant"] == "default" or setting["method"] == "released"
+    return usual and setting["compression"] == UNCOMPRESSED
 
 
 def _main(setting: Setting) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
+from patch.artefacts import write_text
 from patch.reporting.allocation import gathered, layers
 from patch.reporting.study import Study
 from patch.reporting.tables.allocation import sparsity_by_depth, sparsity_by_module
@@ -62,7 +65,12 @@ def test_runs_without_tiles_say_so(runs: pd.DataFrame) -> None:
     assert "No cell of this run has learned tiles" in to_markdown(sparsity_by_depth(Study(runs)))
 
 
-def test_every_cell_has_its_origin_and_its_logs(runs: pd.DataFrame) -> None:
+def test_every_cell_has_its_origin_and_its_logs(
+    runs: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("logs/synthetic/qwen/wanda/50-2of4").mkdir(parents=True)
+    write_text(Path("results/synthetic/qwen/wanda/50-2of4/evaluate/record.json"), "{}")
     runs.loc[runs["method"] == "wanda", "dirty"] = True
     table = cells(Study(runs))
     assert len(table.data) == runs["cell"].nunique()
@@ -71,6 +79,7 @@ def test_every_cell_has_its_origin_and_its_logs(runs: pd.DataFrame) -> None:
     assert row["wall_s"] == pytest.approx(12.5 + 3.25)
     missing = table.data[table.data["cell"] == "qwen/thanos/50-2of4"].iloc[0]
     assert (missing["status"], missing["reason"]) == ("excluded", "too slow & 100% not needed")
-    page = to_html(table, "Cells")
-    assert '<a href="../../../logs/synthetic/qwen/wanda/50-2of4/">' in page
+    page = to_html(table, "Cells", "results/synthetic/tables")
+    assert '<a href="../../../logs/synthetic/qwen/wanda/50-2of4">' in page
     assert '<a href="../qwen/wanda/50-2of4/evaluate/record.json">' in page
+    assert page.count("<a ") == 2  # what is not on this machine is not linked

@@ -178,7 +178,7 @@ def test_cells_that_did_not_run_stand_beside_what_is_published() -> None:
     table = quality(Study(waiting), "tile_size")
     assert table.data["perplexity.wikitext2.published"].tolist() == [14.57, 14.66]
     assert table.data["perplexity.wikitext2"].isna().all()
-    assert table.missing == ["qwen PATCH-Joint tiles 128x128 45 %; qwen PATCH-Joint tiles 64x64 45 %: not run"]
+    assert table.missing == ["qwen, PATCH-Joint tiles 128x128 45 %; PATCH-Joint tiles 64x64 45 %: not run"]
 
 
 def test_missing_cells_are_dashes_with_their_reason_below(runs: pd.DataFrame) -> None:
@@ -186,8 +186,8 @@ def test_missing_cells_are_dashes_with_their_reason_below(runs: pd.DataFrame) ->
     row = next(line for line in text.splitlines() if line.startswith("|") and "MaskLLM" in line)
     values = [cell.strip() for cell in row.split("|")][-4:-1]
     assert values == ["–", "–", "–"]
-    assert "- qwen MaskLLM 2:4 50 %: not run" in text
-    assert "- qwen Thanos 2:4 50 %: too slow & 100% not needed" in text
+    assert "- qwen, MaskLLM 2:4: not run" in text
+    assert "- qwen, Thanos 2:4: too slow & 100% not needed" in text
 
 
 def test_tasks_table(runs: pd.DataFrame) -> None:

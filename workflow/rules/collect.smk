@@ -63,4 +63,5 @@ rule mlflow:
         ),
         code=code_hash("report"),
     shell:
-        "python -m patch mlflow {input.runs} --uri {params.uri} {params.artifacts} --output {output} > {log} 2>&1"
+        "python -m patch mlflow {input.runs} --uri {params.uri} --masks results {params.artifacts} --output {output}"
+        " > {log} 2>&1"

@@ -15,7 +15,7 @@ def cells(study: Study) -> Table:
     """One row per cell.
 
     Columns of the data: run, model, cell, status, reason, date, commit, device, torch, transformers, lm_eval, wall_s
-    (of all stages), and record and logs, as paths from the folder results/RUN/tables.
+    (of all stages), and record and logs, as paths from where the workflow runs.
     """
     runs = study.runs
     rows: list[dict[str, Any]] = []
@@ -37,8 +37,8 @@ def cells(study: Study) -> Table:
             "transformers": known["transformers"],
             "lm_eval": known["lm_eval"],
             "wall_s": times.sum() if len(times) else math.nan,
-            "record": f"../{cell}/{stages[-1]}/record.json" if stages else None,
-            "logs": f"../../../logs/{run}/{cell}/" if stages else None,
+            "record": f"results/{run}/{cell}/{stages[-1]}/record.json" if stages else None,
+            "logs": f"logs/{run}/{cell}" if stages else None,
         }
         rows.append(row)
     data = pd.DataFrame(rows)

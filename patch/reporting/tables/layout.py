@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,7 +39,7 @@ class Column:
     error: Callable[[Any], str] | None = None
     """How its standard errors are printed; None for as the values."""
     link: bool = False
-    """Whether its texts are files, relative to the table's folder, to be linked in HTML."""
+    """Whether its texts are files or folders, linked in HTML where they exist."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def write_table(table: Table, name: str, directory: Path | str, title: str = "")
         table.data.to_csv(temporary, index=False, float_format="%.10g")
     write_text(base.with_suffix(".md"), to_markdown(table))
     write_text(base.with_suffix(".tex"), to_latex(table))
-    write_text(base.with_suffix(".html"), to_html(table, title or name))
+    write_text(base.with_suffix(".html"), to_html(table, title or name, directory))
     return [base.with_suffix(suffix) for suffix in (".csv", ".md", ".tex", ".html")]
 
 
@@ -119,7 +120,6 @@ def to_latex(table: Table) -> str:
 
     alignment = "".join("r" if column.numeric else "l" for column in table.columns)
     lines = [f"{{\\footnotesize\\textbf{{{escape_latex(warning)}}}\\par\\smallskip}}" for warning in table.warnings]
-    lines += [f"% {escape_latex(note)}" for note in table.missing]
     lines += [f"\\begin{{tabular}}{{@{{}}{alignment}@{{}}}}", "\\toprule"]
     lines += [" & ".join(escape_latex(column.header) for column in table.columns) + " \\\\", "\\midrule"]
     for row, gap in zip(layout.rows, layout.gaps, strict=True):
@@ -130,20 +130,23 @@ def to_latex(table: Table) -> str:
             f"\\multicolumn{{{len(table.columns)}}}{{@{{}}l@{{}}}}{{{escape_latex(_sentence(table.empty))}}} \\\\"
         )
     lines += ["\\bottomrule", "\\end{tabular}"]
-    for mark, note in layout.notes:
+    for mark, note in [("", f"{DASH} without a value: {note}") for note in table.missing] + layout.notes:
         raised = f"\\textsuperscript{{{mark}}}" if mark else ""
         lines.append(f"\\par\\smallskip{{\\footnotesize {raised}{escape_latex(note)}}}")
     return "\n".join(lines) + "\n"
 
 
-def to_html(table: Table, title: str) -> str:
-    """A page of its own, for the HTML report: readable on a narrow window too, where the table scrolls."""
+def to_html(table: Table, title: str, directory: Path | str = ".") -> str:
+    """A page of its own, for the HTML report: readable on a narrow window too, where the table scrolls.
+
+    directory: where it will be, from which its links lead.
+    """
     layout = _layout(table)
 
     def show(cell: _Cell, column: Column) -> str:
         text = html.escape(cell.text)
-        if column.link and cell.text not in ("", DASH):
-            text = f'<a href="{html.escape(cell.text, quote=True)}">{text}</a>'
+        if column.link and cell.text not in ("", DASH) and Path(cell.text).exists():
+            text = f'<a href="{html.escape(os.path.relpath(cell.text, directory), quote=True)}">{text}</a>'
         error = f"<small>{html.escape(cell.error)}</small>" if cell.error else ""
         raised = f"<sup>{cell.mark}</sup>" if cell.mark else ""
         kind = " class=number" if column.numeric else " class=long" if len(cell.text) > 60 else ""

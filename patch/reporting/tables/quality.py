@@ -35,6 +35,7 @@ from patch.reporting.summary import (
 )
 from patch.reporting.tables.layout import Column, Table, plain, signed
 from patch.reporting.targets import TABLES
+from patch.sparsity.patterns import Pattern
 
 TASK_TITLES = {
     "mmlu": "MMLU",
@@ -119,20 +120,23 @@ def tasks(study: Study) -> Table:
 
 
 def reasons(table: pd.DataFrame) -> list[str]:
-    """Settings without full results, gathered by reason."""
-    found: dict[str, list[str]] = {}
+    """Settings without full results, gathered by model and reason."""
+    found: dict[tuple[str, str], list[str]] = {}
     for row in table.drop_duplicates(KEYS).to_dict("records"):
         if row["note"]:
-            found.setdefault(row["note"], []).append(setting_title(row))
-    return [f"{'; '.join(names)}: {reason}" for reason, names in found.items()]
+            found.setdefault((row["model"], row["note"]), []).append(_title(row))
+    return [f"{model}, {'; '.join(names)}: {reason}" for (model, reason), names in found.items()]
 
 
-def setting_title(row: Any) -> str:
-    """A setting in words: model, method, pattern, sparsity, and what else tells it apart."""
-    parts = [row["model"], row["title"], pattern_title(row["pattern"]), f"{row['sparsity']:g} %"]
+def _title(row: Any) -> str:
+    """A setting in words: method, pattern, sparsity where the pattern does not fix it, and what else differs."""
+    parts = [row["title"]]
+    if row["method"] != "dense":
+        parts.append(pattern_title(row["pattern"]))
+        parts += [f"{row['sparsity']:g} %"] if Pattern.parse(row["pattern"]).fixed_sparsity is None else []
     parts += [row["variant"]] if row["variant"] != "default" else []
     parts += [row["compression"]] if row["compression"] != UNCOMPRESSED else []
-    return " ".join(dict.fromkeys(parts))
+    return " ".join(parts)
 
 
 def setting_columns(table: pd.DataFrame) -> Iterator[Column]:
@@ -144,9 +148,9 @@ def setting_columns(table: pd.DataFrame) -> Iterator[Column]:
     yield Column("title", "Method", numeric=False)
     yield Column("pattern", "Pattern", pattern_title, numeric=False)
     if (table["variant"] != "default").any():
-        yield Column("variant", "Variant", numeric=False)
+        yield Column("variant", "Variant", lambda name: "" if name == "default" else name, numeric=False)
     if (table["compression"] != UNCOMPRESSED).any():
-        yield Column("compression", "Weights", numeric=False)
+        yield Column("compression", "Weights", lambda name: "full" if name == UNCOMPRESSED else name, numeric=False)
     if "realised_sparsity" in table and "metric" not in table:
         yield Column("realised_sparsity", "Realised %", plain(2))
     if "seeds" in table and (table["seeds"] > 1).any():

@@ -7,15 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from patch.reporting.published import load_memory, load_notes, load_throughput, load_training_cost
+from patch.reporting.published import PAPER_TOKENS, load_memory, load_notes, load_throughput, load_training_cost
 from patch.reporting.study import Study
 from patch.reporting.summary import KEYS, rows_of, settings
-from patch.reporting.tables.layout import Column, Table, plain, signed
+from patch.reporting.tables.layout import DASH, Column, Table, plain, signed
 from patch.reporting.tables.quality import NO_CELLS, reasons, setting_columns
 from patch.reporting.targets import TABLES
 
-PAPER_TOKENS = 2000 * 256 * 4096
-"""Tokens that a mask of the paper is learned on."""
 NOT_MEASURED = "not measured: the benchmark folder has no generation.csv (`patch-llm benchmark generation` makes one)"
 
 
@@ -62,6 +60,8 @@ def memory(study: Study) -> Table:
     Columns of the data: model, gpu, batch, lengths, sparsity_percent, dense_gib, hybrid_gib, ratio, ratio.published,
     ratio.delta.
     """
+    names = ["model", "gpu", "batch", "lengths", "sparsity_percent", "dense_gib", "hybrid_gib"]
+    names += ["ratio", "ratio.published", "ratio.delta"]
     published, rows = load_memory(), []
     for row in study.generation.to_dict("records"):
         theirs = (
@@ -74,20 +74,20 @@ def memory(study: Study) -> Table:
         lengths = f"{row['prefill_tokens']:.0f} + {row['generated_tokens']:.0f}"
         delta = ratio - theirs
         rows.append({**kept, "lengths": lengths, "ratio": ratio, "ratio.published": theirs, "ratio.delta": delta})
-    warnings = []
-    if not rows:
-        warnings.append(f"Ours is {NOT_MEASURED}.")
-        nothing = dict.fromkeys(("dense_gib", "hybrid_gib", "ratio", "batch"), math.nan)
-        unmeasured = {"model": "meta-llama/Llama-2-7b-hf", "lengths": "", **nothing}
-        rows = [{**unmeasured, "sparsity_percent": s, "ratio.published": r} for s, r in published.items()]
-    data = pd.DataFrame(rows)
+    warnings = [] if rows else [f"Ours is {NOT_MEASURED}."]
+    measured = {round(row["sparsity_percent"]) for row in rows if _is_llama2_7b(row["model"])}
+    unmeasured = {"model": "llama-2-7b", "lengths": DASH}
+    missing = [sparsity for sparsity in published if sparsity not in measured]
+    rows += [{**unmeasured, "sparsity_percent": s, "ratio.published": published[s]} for s in missing]
+    data = pd.DataFrame(rows).reindex(columns=names)
     columns = [Column("model", "Model", numeric=False), Column("batch", "Batch", "{:.0f}".format)]
     columns += [Column("lengths", "Prompt + new tokens"), Column("sparsity_percent", "Sparsity %", "{:g}".format)]
     columns += [Column("dense_gib", "Dense GiB", plain(2)), Column("hybrid_gib", "PATCH GiB", plain(2))]
     columns += [Column("ratio", "Ratio", plain(3)), Column("ratio.published", "Published", plain(2))]
-    columns += [Column("ratio.delta", "Δ", signed)] if "ratio.delta" in data else []
+    columns += [Column("ratio.delta", "Δ", signed)]
     notes = {note.id: note.text for note in load_notes("memory")}
-    return Table(data, columns, warnings=warnings, notes=notes)
+    reason = [f"llama-2-7b at {', '.join(f'{sparsity:g} %' for sparsity in missing)}: not measured"] if missing else []
+    return Table(data, columns, warnings=warnings, missing=reason, notes=notes)
 
 
 def layer_speed(study: Study) -> Table:
