@@ -61,20 +61,28 @@ def ablation(study: Study, name: str) -> Figure:
             names = list(dict.fromkeys(of_model["choice"]))
             for number, sparsity in enumerate(sparsities):
                 series = of_model[of_model["sparsity"] == sparsity]
-                at = series["choice"].map(names.index)
+                at = series["choice"].map(names.index).astype(float)
                 look = level_style(number)
+                if (
+                    name != "tile_size"
+                ):  # choices without an order: points beside each other, no line from one to the next
+                    at += 0.12 * (number - (len(sparsities) - 1) / 2)
+                    look["linestyle"] = "none"
                 ours = series["value"].notna()
                 errors = _errors(series[ours], compared, text)
                 ax.errorbar(at[ours], series.loc[ours, "value"], yerr=errors, **look, zorder=3)
                 look |= {"linestyle": "none", "markerfacecolor": "white", "markersize": 5.5}
                 ax.plot(at, series["published"], **look, zorder=2)
             ax.set_xticks(range(len(names)), names)
-            ax.margins(x=0.1)
+            ax.set_xlim(-0.5, len(names) - 0.5)
             ax.set_xlabel(AXES[name])
             if len(models) > 1:
                 ax.set_title(model, loc="left")
         axes[0].set_ylabel(f"Perplexity on {text or 'wikitext2'} ↓")
         handles = [plt.Line2D([], [], **level_style(n), label=f"{s:g} %") for n, s in enumerate(sparsities)]
+        if name != "tile_size":
+            for handle in handles:
+                handle.set_linestyle("none")
         if rows["published"].notna().any():
             hollow: dict[str, Any] = {"marker": "o", "linestyle": "none", "markerfacecolor": "white", "color": "0.3"}
             handles.append(plt.Line2D([], [], **hollow, label="published"))

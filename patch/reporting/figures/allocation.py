@@ -22,8 +22,8 @@ def sparsity_by_layer(runs: pd.DataFrame, sparsity: float | None = None) -> Figu
     """Realised sparsity of every layer in percent: decoder blocks by kinds of layer, a panel per model and method.
 
     sparsity: target in percent; None for the one that most methods were run at, of equals the largest.
-    Of a method's patterns the freest is shown (tiles, then unstructured, then N:M, which is equal everywhere by
-    construction), and its default variant and first seed before others.
+    Of a method's patterns the freest is shown (tiles, then unstructured), and its default variant and first seed before
+    others. N:M, which is equal everywhere by construction, is shown only where there is nothing else.
     """
     table = layers(runs)
     if table.empty:
@@ -117,6 +117,8 @@ def _layer_panels(table: pd.DataFrame, sparsity: float | None) -> dict[tuple[str
     table = table.assign(freedom=table["pattern"].map(lambda pattern: freedom[Pattern.parse(pattern).kind]))
     best = table.groupby(["model", "method"])["freedom"].transform("min")
     table = table[table["freedom"] == best]
+    uneven = table["freedom"] < freedom["n:m"]
+    table = table[uneven] if uneven.any() else table
     if sparsity is None:
         runs_of = table.drop_duplicates(["model", "method", "sparsity"])["sparsity"].value_counts()
         sparsity = runs_of[runs_of == runs_of.max()].index.max()

@@ -21,8 +21,8 @@ _LINES = ("-", "--", ":", "-.")
 def training_curves(curves: pd.DataFrame) -> Figure:
     """How masks were learned: cross-entropy and density over the steps, a row per model; below, the temperatures.
 
-    Cross-entropy per token as a running mean over a fortieth of the steps, on top of the values themselves; dotted
-    lines are the targets of the density. Of several seeds the first is shown.
+    Cross-entropy per token as a running mean over a fortieth of the steps, of up to four series on top of the values
+    themselves; dotted lines are the targets of the density. Of several seeds the first is shown.
     """
     if curves.empty:
         return placeholder("no masks were learned in this run")
@@ -92,8 +92,10 @@ def _draw_curve(
 def _draw_cross_entropy(ax: Axes, table: pd.DataFrame, styles: dict[tuple[Any, ...], dict[str, Any]]) -> None:
     """Its running mean, over the faint values themselves; the steep first tenth may rise above the panel."""
     table = table.copy()
-    for key, series in table.groupby(_SERIES, sort=False):
-        ax.plot(series["step"], series["cross_entropy"], color=styles[key]["color"], linewidth=0.5, alpha=0.25)
+    series_of = table.groupby(_SERIES, sort=False)
+    for key, series in series_of:
+        if series_of.ngroups <= 4:  # of more they hide each other
+            ax.plot(series["step"], series["cross_entropy"], color=styles[key]["color"], linewidth=0.5, alpha=0.25)
         mean = series["cross_entropy"].rolling(max(1, len(series) // 40), center=True, min_periods=1).mean()
         table.loc[series.index, "cross_entropy"] = mean
     _draw_curve(ax, table, "cross_entropy", "Cross-entropy, nats ↓", styles)

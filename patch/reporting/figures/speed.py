@@ -47,9 +47,15 @@ def layer_speed(layers: pd.DataFrame) -> Figure:
     )
     table = table.groupby(["shape", "series", "tokens"], sort=False)["speedup"].max().reset_index()
     figure = _speed_ups(table, "shape", "series", "tokens", "Tokens")
+    ticks = sorted(table["tokens"].unique())
+    for ax in figure.axes:
+        ax.sharex(figure.axes[0])
+        ax.sharey(figure.axes[0])
+    figure.axes[0].autoscale()
     for ax in figure.axes:
         ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter("{x:.0f}")
+        ax.set_xticks(ticks, [f"{n / 1024:g}k" if n >= 1024 else f"{n:g}" for n in ticks])
+        ax.minorticks_off()
     return figure
 
 
@@ -68,7 +74,8 @@ def _speed_ups(table: pd.DataFrame, panel: str, series: str, over: str, label: s
             ax.axhline(1, color="black", linewidth=0.9, zorder=1)
             ax.set_title(name, loc="left")
             ax.set_xlabel(label)
-        axes[0].set_ylabel("Speed over dense ↑")
+            if ax.get_subplotspec().is_first_col():  # type: ignore[union-attr]
+                ax.set_ylabel("Speed over dense ↑")
         handles = [plt.Line2D([], [], **level_style(n), label=line) for n, line in enumerate(lines)]
         legend_below(figure, handles, width=2.2 if over == "sparsity_percent" else 0.9)
     return figure

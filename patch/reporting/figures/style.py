@@ -153,10 +153,10 @@ def level_style(number: int) -> dict[str, Any]:
 
 
 def panels(count: int, height: float = 1.9) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels, three to a row at most; inside `print_style`."""
+    """A figure with so many panels, three to a row at most, four in a square; inside `print_style`."""
     import matplotlib.pyplot as plt
 
-    columns = min(count, 3)
+    columns = 2 if count == 4 else min(count, 3)
     rows = -(-count // columns)
     width = COLUMN if columns == 1 else min(7.0, 0.4 + 2.3 * columns)
     figure, axes = plt.subplots(
