@@ -49,6 +49,24 @@ def better(**changes: object) -> dict[str, object]:
     return {"kind": "better", "metric": "perplexity", "cell": JOINT, "than": [MASKLLM], **changes}
 
 
+def test_a_claim_of_one_model_only_is_not_asked_of_others(study: Study) -> None:
+    only = claim(better(), ("google/gemma-3-1b-pt",)).model_copy(update={"only": True})
+    (found,) = judge(study, [only])
+    assert (found.verdict, found.evidence) == ("not run", "speaks of google/gemma-3-1b-pt only")
+    (own,) = judge(study, [only.model_copy(update={"models": ("Qwen/Qwen2.5-0.5B",)})])
+    assert (own.verdict, own.of_paper) == ("reproduced", True)
+
+
+def test_released_masks_are_asked_where_a_run_has_no_others() -> None:
+    rows = cell_rows("qwen", "dense", "dense", 0.0)
+    for pattern, sparsity, shift in (("tiles:128x128", 45.0, 0.0), ("2:4", 50.0, 1.0)):
+        as_joint = cell_rows("qwen", "patch_joint", pattern, sparsity, shift=shift)
+        rows += [{**row, "method": "released", "title": METHODS["released"].title} for row in as_joint]
+    found = verdict(Study(runs_table(rows)), {**better(), "cell": {"method": "patch", "sparsity": 45}})
+    assert found.verdict == "reproduced"
+    assert found.evidence.startswith("Released mask 45 % ")
+
+
 def test_better_compares_in_the_metrics_direction(study: Study) -> None:
     found = verdict(study, better())
     assert (found.model, found.verdict, found.of_paper) == ("qwen", "reproduced", False)

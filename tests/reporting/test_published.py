@@ -82,6 +82,25 @@ def test_ablations_and_compressed_weights(published: Published) -> None:
     assert published.get(cell("other", "dense", 0, "dense"), "perplexity", "wikitext2") is None
 
 
+def test_released_masks_stand_beside_the_method_that_made_them(published: Published) -> None:
+    cell = {
+        "method": "released",
+        "pattern": "tiles:128x128",
+        "sparsity": 45.0,
+        "variant": "default",
+        "compression": "none",
+    }
+    small, large = {**cell, "source": "Qwen/Qwen2.5-0.5B"}, {**cell, "source": "meta-llama/Llama-2-7b-hf"}
+    assert published.get(small, "perplexity", "wikitext2") == (14.57, 4096)
+    assert published.get(large, "perplexity", "wikitext2") == (6.55, 4096)
+    quantised = published.get({**large, "compression": "int4-lora"}, "perplexity", "wikitext2")
+    assert quantised == (6.83, 4096)
+    maskllm = {**cell, "source": "google/gemma-3-1b-pt", "pattern": "2:4", "sparsity": 50.0, "variant": "maskllm"}
+    assert published.get(maskllm, "perplexity", "wikitext2") == (12.82, 4096)
+    (note,) = [note for note in load_notes("accuracy") if note.id == "release-13b"]
+    assert note.concerns({**cell, "source": "meta-llama/Llama-2-13b-hf"}, "acc")
+
+
 def test_doubtful_lengths_are_missing(table: pd.DataFrame, published: Published) -> None:
     doubtful = table[(table["metric"] == "perplexity") & table["length"].isna()]
     assert set(doubtful["source"][doubtful["pattern"] != "unstructured"]) == {THIRTEEN}

@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 from conftest import cell_rows, curves_of, runs_table
 
+from patch.reporting.published import PAPER_TOKENS
 from patch.reporting.study import Study
 from patch.reporting.tables.layout import to_markdown
-from patch.reporting.tables.speed import PAPER_TOKENS, layer_speed, memory, throughput, training_cost
+from patch.reporting.tables.speed import layer_speed, memory, throughput, training_cost
 
 NOTHING = runs_table([])
 
@@ -47,6 +48,10 @@ def test_memory_is_a_ratio_beside_the_published_one() -> None:
     row = memory(Study(NOTHING, generation=generation())).data.iloc[0]
     assert (row["ratio"], row["ratio.published"]) == (pytest.approx(0.62), 0.59)
     assert row["ratio.delta"] == pytest.approx(0.03)
+    table = memory(Study(NOTHING, generation=generation()))
+    assert table.data["ratio.published"].tolist()[1:] == [0.76, 0.68]
+    assert table.data["ratio"].isna().tolist() == [False, True, True]
+    assert table.missing == ["llama-2-7b at 25 %, 35 %: not measured"]
     other = memory(Study(NOTHING, generation=generation(model="llama-3.1-8b"))).data.iloc[0]
     assert math.isnan(other["ratio.delta"])
 

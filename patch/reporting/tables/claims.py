@@ -42,7 +42,7 @@ def claims(study: Study) -> Table:
         Column("statement", "Claim", numeric=False),
         Column("model", "Model", numeric=False),
         Column("about", "Model is", numeric=False),
-        Column("evidence", "Evidence", numeric=False),
+        Column("evidence", "Evidence", numeric=False, listed=True),
         Column("certainty", "Certainty", numeric=False),
         Column("source", "Source", numeric=False),
     ]

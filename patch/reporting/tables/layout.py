@@ -24,6 +24,8 @@ from rich.text import Text
 from patch.artefacts import atomic_path, write_text
 
 DASH = "–"
+LONG = 60
+"""Characters from which a text wraps in LaTeX and HTML."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Column:
     """How its standard errors are printed; None for as the values."""
     link: bool = False
     """Whether its texts are files or folders, linked in HTML where they exist."""
+    listed: bool = False
+    """Whether its texts are lists with semicolons, in HTML an item to a line."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,11 @@ def to_latex(table: Table) -> str:
         text += f"\\,{{\\scriptsize {escape_latex(cell.error.strip())}}}" if cell.error else ""
         return text + (f"\\textsuperscript{{{cell.mark}}}" if cell.mark else "")
 
-    alignment = "".join("r" if column.numeric else "l" for column in table.columns)
+    long = _long(layout, table)
+    wrapped = f"p{{{0.6 / max(1, sum(long)):.2f}\\linewidth}}"
+    alignment = "".join(
+        "r" if column.numeric else wrapped if wraps else "l" for column, wraps in zip(table.columns, long, strict=True)
+    )
     lines = [f"{{\\footnotesize\\textbf{{{escape_latex(warning)}}}\\par\\smallskip}}" for warning in table.warnings]
     lines += [f"\\begin{{tabular}}{{@{{}}{alignment}@{{}}}}", "\\toprule"]
     lines += [" & ".join(escape_latex(column.header) for column in table.columns) + " \\\\", "\\midrule"]
@@ -144,19 +152,22 @@ def to_html(table: Table, title: str, directory: Path | str = ".") -> str:
     layout = _layout(table)
 
     def show(cell: _Cell, column: Column) -> str:
-        text = html.escape(cell.text)
+        text = html.escape(cell.text).replace(" ± ", "&nbsp;±&nbsp;")
+        text = text.replace("; ", "<br>") if column.listed else text
         if column.link and cell.text not in ("", DASH) and Path(cell.text).exists():
             text = f'<a href="{html.escape(os.path.relpath(cell.text, directory), quote=True)}">{text}</a>'
         error = f"<small>{html.escape(cell.error)}</small>" if cell.error else ""
         raised = f"<sup>{cell.mark}</sup>" if cell.mark else ""
-        kind = " class=number" if column.numeric else " class=long" if len(cell.text) > 60 else ""
-        return f"<td{kind}>{f'<b>{text}</b>' if cell.best else text}{error}{raised}</td>"
+        kind = " class=number" if column.numeric else " class=long" if len(cell.text) > LONG else ""
+        head = f' data-head="{html.escape(column.header, quote=True)}"'
+        return f"<td{kind}{head}>{f'<b>{text}</b>' if cell.best else text}{error}{raised}</td>"
 
     heads = (f"<th{' class=number' if c.numeric else ''}>{html.escape(c.header)}</th>" for c in table.columns)
     lines = ["<!doctype html><html lang=en><meta charset=utf-8>", f"<title>{html.escape(title)}</title>", _HTML_STYLE]
     lines += [f"<h1>{html.escape(title)}</h1>", *(f"<p class=warning>{html.escape(w)}</p>" for w in table.warnings)]
     if layout.rows:
-        lines += [f"<div><table><thead><tr>{''.join(heads)}</tr></thead><tbody>"]
+        prose = " class=prose" if any(_long(layout, table)) else ""
+        lines += [f"<div><table{prose}><thead><tr>{''.join(heads)}</tr></thead><tbody>"]
         for row, gap in zip(layout.rows, layout.gaps, strict=True):
             cells = "".join(show(cell, column) for cell, column in zip(row, table.columns, strict=True))
             lines.append(f"<tr{f' class={gap}' if gap else ''}>{cells}</tr>")
@@ -239,6 +250,14 @@ class _Layout:
     """Before each row: "block" where a new block starts, "level" where a new level does, else ""."""
     notes: list[tuple[str, str]]
     """Mark and text of every footnote."""
+
+
+def _long(layout: _Layout, table: Table) -> list[bool]:
+    """Which columns have texts that wrap."""
+    return [
+        not column.numeric and any(len(row[number].text) > LONG for row in layout.rows)
+        for number, column in enumerate(table.columns)
+    ]
 
 
 def _layout(table: Table) -> _Layout:
@@ -337,6 +356,15 @@ tr.block td { border-top: 1.5px solid #1b1b1b; }
 small { color: #666; }
 sup { line-height: 0; }
 p, ul { max-width: 60rem; overflow-wrap: anywhere; }
-@media (max-width: 40rem) { body { margin: .8rem; } .long { min-width: 13rem; } th, td { padding: .3rem .4rem; } }
+@media (max-width: 40rem) {
+  body { margin: .8rem; }
+  th, td { padding: .3rem .4rem; }
+  .prose { white-space: normal; }
+  .prose thead, .prose td:empty { display: none; }
+  .prose tr, .prose td { display: block; min-width: 0; padding: .1rem 0; text-align: left; overflow-wrap: anywhere; }
+  .prose tr { border-top: 1px solid #c8c8c8; padding: .4rem 0; }
+  .prose tr.block td { border: 0; }
+  .prose td::before { content: attr(data-head) ": "; color: #666; }
+}
 .warning { border-left: 4px solid #b35900; padding-left: .7rem; font-weight: 600; }
 </style>"""
