@@ -25,6 +25,7 @@ help:
 	@sed -n 's/^# //p' Makefile | head -3
 	@echo "make run CONFIG=workflow/config/….yaml    run another grid; make dry-run CONFIG=… shows it"
 	@echo "make lint    ruff, mypy, snakefmt, snakemake --lint;   make docs    regenerate schema and key list"
+	@echo "make reference    what is committed of workflow/config/smollm2.yaml, from its finished run"
 
 demo: GPU_JOBS = 4
 demo: run

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from patch.artefacts import PatchError
 from patch.experiments import UNCOMPRESSED, Cell
 from patch.methods import METHODS
 
@@ -156,3 +157,12 @@ FIGURES = {
     )
 }
 """The figures, in the order of the report. One that shares its name with a table shows the same cells."""
+
+
+def cells_of(name: str, cells: Sequence[Cell]) -> list[Cell]:
+    """The cells of a grid that a table or figure shows. Raises PatchError for an unknown name."""
+    target = TABLES.get(name) or FIGURES.get(name)
+    if target is None:
+        raise PatchError(f"target {name!r}: unknown; choose of {', '.join(TABLES | FIGURES)}.")
+    chosen = target.chosen([setting_of(cell) for cell in cells])
+    return [cell for cell, asked in zip(cells, chosen, strict=True) if asked]

@@ -390,11 +390,7 @@ def cell_curves(wildcards):
 
 def _cells_of(wildcards):
     name = wildcards.get("target")
-    if name is None:
-        return GRID.cells
-    target = targets.TABLES.get(name) or targets.FIGURES[name]
-    chosen = target.chosen(SETTINGS)
-    return [cell for cell, asked in zip(GRID.cells, chosen, strict=True) if asked]
+    return GRID.cells if name is None else targets.cells_of(name, GRID.cells)
 
 
 def runs_of_target(wildcards):
