@@ -333,7 +333,7 @@ def test_plan_of_one_table_counts_its_cells_only(tmp_path: Path) -> None:
     done = patch_llm(*part, "density_target")
     assert done.returncode == 0, done.stderr
     assert "paper: 6 cells" in done.stdout  # one and per block, at three sparsities
-    assert "patch_joint/45-tiles128x128/per-block" in done.stdout
+    assert "6 learn" in done.stdout
     unknown = patch_llm(*part, "tile_sizes")
     assert unknown.returncode == 1
     assert "target 'tile_sizes': unknown; choose of accuracy, " in unknown.stderr
