@@ -280,19 +280,21 @@ def _layout(table: Table) -> _Layout:
                     "" if repeats else DASH if pd.isna(row[column.name]) else column.show(row[column.name]),
                     "" if pd.isna(error) else f" ± {(column.error or column.show)(error)}",
                     bool(column.name in best and best[column.name].iloc[position]),
-                    ",".join(marks[note] for note in notes.split()) if isinstance(notes, str) else "",
+                    ",".join(sorted(marks[note] for note in notes.split())) if isinstance(notes, str) else "",
                 )
             )
         rows.append(cells)
         above = {str(name): value for name, value in row.items()}
-    return _Layout(rows, gaps, [(marks.get(note, ""), text) for note, text in table.notes.items()])
+    notes_of_all = [("", text) for note, text in table.notes.items() if note not in marks]
+    return _Layout(rows, gaps, [(mark, table.notes[note]) for note, mark in marks.items()] + notes_of_all)
 
 
 def _marks(table: Table) -> dict[str, str]:
-    """Letters for the footnotes that values refer to, in the order of the notes."""
-    columns = [table.data[f"{c.name}.notes"] for c in table.columns if f"{c.name}.notes" in table.data]
-    used = {note for column in columns for notes in column.dropna() for note in notes.split()}
-    return {note: chr(ord("a") + number) for number, note in enumerate(note for note in table.notes if note in used)}
+    """Letters for the footnotes that values refer to, as they come when the table is read line by line."""
+    columns = [f"{column.name}.notes" for column in table.columns if f"{column.name}.notes" in table.data]
+    noted = (notes for row in table.data[columns].to_numpy() for notes in row if isinstance(notes, str))
+    used = dict.fromkeys(note for notes in noted for note in notes.split())
+    return {note: chr(ord("a") + number) for number, note in enumerate(used)}
 
 
 def _best(table: Table, column: Column) -> pd.Series:
