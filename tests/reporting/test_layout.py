@@ -79,7 +79,9 @@ def test_warnings_come_first_and_reasons_after() -> None:
     assert to_markdown(table).startswith("> **Look out.**\n\n| Model")
     assert "– without a value:\n\n- n: not run\n" in to_markdown(table)
     assert to_latex(table).startswith("{\\footnotesize\\textbf{Look out.}")
-    assert "\\end{tabular}\n\\par\\smallskip{\\footnotesize -- without a value: n: not run}" in to_latex(table)
+    assert "\\end{tabular}\n\\par\\smallskip\\noindent{\\footnotesize -- without a value: n: not run}" in to_latex(
+        table
+    )
     assert (
         to_html(table, "t").index("Look out.")
         < to_html(table, "t").index("<table")
@@ -106,7 +108,7 @@ def test_latex(runs: pd.DataFrame) -> None:
 def test_long_texts_wrap_and_lists_have_an_item_to_a_line() -> None:
     data = make().data.assign(model=["a; b", "c" * 61, "d", "e"])
     table = make(data=data, columns=[Column("model", "Model", numeric=False, listed=True), *make().columns[1:]])
-    assert "\\begin{tabular}{@{}p{0.60\\linewidth}r@{}}" in to_latex(table)
+    assert "\\begin{tabular}{@{}p{0.45\\linewidth}r@{}}" in to_latex(table)
     page = to_html(table, "t")
     assert "<table class=prose>" in page
     assert '<td data-head="Model">a<br>b</td>' in page

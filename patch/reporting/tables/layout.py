@@ -123,7 +123,7 @@ def to_latex(table: Table) -> str:
         return text + (f"\\textsuperscript{{{cell.mark}}}" if cell.mark else "")
 
     long = _long(layout, table)
-    wrapped = f"p{{{0.6 / max(1, sum(long)):.2f}\\linewidth}}"
+    wrapped = f"p{{{0.45 / max(1, sum(long)):.2f}\\linewidth}}"
     alignment = "".join(
         "r" if column.numeric else wrapped if wraps else "l" for column, wraps in zip(table.columns, long, strict=True)
     )
@@ -140,7 +140,7 @@ def to_latex(table: Table) -> str:
     lines += ["\\bottomrule", "\\end{tabular}"]
     for mark, note in [("", f"{DASH} without a value: {note}") for note in table.missing] + layout.notes:
         raised = f"\\textsuperscript{{{mark}}}" if mark else ""
-        lines.append(f"\\par\\smallskip{{\\footnotesize {raised}{escape_latex(note)}}}")
+        lines.append(f"\\par\\smallskip\\noindent{{\\footnotesize {raised}{escape_latex(note)}}}")
     return "\n".join(lines) + "\n"
 
 
