@@ -114,6 +114,9 @@ def test_long_texts_wrap_and_lists_have_an_item_to_a_line() -> None:
     assert '<td data-head="Model">a<br>b</td>' in page
     assert f'<td class=long data-head="Model">{"c" * 61}</td>' in page
     assert "class=prose" not in to_html(make(), "t")
+    console = Console(width=40, record=True, file=io.StringIO())
+    console.print(render_terminal(table))
+    assert console.export_text().count("c") >= 61  # nothing is cut off
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -216,15 +216,19 @@ def _part(title: str, data: pd.DataFrame, table: Table) -> RichTable:
     shown = [
         c for c in table.columns if c.name != table.blocks[0] and not ("." in c.name and data[c.name].isna().all())
     ]
-    layout = _layout(replace(table, data=data, columns=shown))
+    part = replace(table, data=data, columns=shown)
+    layout = _layout(part)
     result = RichTable(
         title=title, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD, show_edge=False,
         pad_edge=False, padding=(0, 1, 0, 0),
     )  # fmt: skip
+    long = _long(layout, part)
+    result.show_lines = any(long)
     for column in shown:
         header = "\n".join(column.header.rsplit(" ", 1))  # two short lines, so that numbers need not wrap
         justify: Literal["left", "right"] = "right" if column.numeric else "left"
-        result.add_column(header, justify=justify, no_wrap=not column.numeric, vertical="bottom")
+        wraps = column.numeric or any(long)
+        result.add_column(header, justify=justify, no_wrap=not wraps, vertical="top" if any(long) else "bottom")
     for row, after in zip(layout.rows, [*layout.gaps[1:], ""], strict=True):
         texts = [
             Text(cell.text, "bold" if cell.best else "")
