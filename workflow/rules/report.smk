@@ -42,9 +42,10 @@ rule tables:
     params:
         directory=subpath(output[0], parent=True),
         names=" ".join(f"--only {name}" for name in TABLE_NAMES),
+        speed=SPEED,
         code=code_hash("report"),
     shell:
-        "python -m patch tables {input.runs} --output {params.directory} {params.names}"
+        "python -m patch tables {input.runs} --benchmarks {params.speed} --output {params.directory} {params.names}"
         " > {log} 2>&1"
 
 
@@ -72,15 +73,16 @@ rule figures:
     params:
         directory=subpath(output[0], parent=True),
         names=" ".join(f"--only {name}" for name in FIGURE_NAMES),
+        speed=SPEED,
         code=code_hash("report"),
     shell:
-        "python -m patch figures {input.runs} --output {params.directory} {params.names}"
+        "python -m patch figures {input.runs} --benchmarks {params.speed} --output {params.directory} {params.names}"
         " > {log} 2>&1"
 
 
 rule target_table:
     input:
-        MEASURED,
+        speed_of_target,
         runs=runs_of_target,
     output:
         multiext(
@@ -98,15 +100,16 @@ rule target_table:
         ENVIRONMENT
     params:
         directory=subpath(output[0], parent=True),
+        speed=SPEED,
         code=code_hash("report"),
     shell:
-        "python -m patch tables {input.runs} --output {params.directory} --only {wildcards.target}"
+        "python -m patch tables {input.runs} --benchmarks {params.speed} --output {params.directory} --only {wildcards.target}"
         " > {log} 2>&1"
 
 
 rule target_figure:
     input:
-        MEASURED,
+        speed_of_target,
         runs=runs_of_target,
     output:
         multiext(f"{RUN}/targets/{{target}}/figure/{{target}}", ".pdf", ".png"),
@@ -118,9 +121,10 @@ rule target_figure:
         ENVIRONMENT
     params:
         directory=subpath(output[0], parent=True),
+        speed=SPEED,
         code=code_hash("report"),
     shell:
-        "python -m patch figures {input.runs} --output {params.directory} --only {wildcards.target}"
+        "python -m patch figures {input.runs} --benchmarks {params.speed} --output {params.directory} --only {wildcards.target}"
         " > {log} 2>&1"
 
 

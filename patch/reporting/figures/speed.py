@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from patch.benchmarking.options import RANDOM
 from patch.reporting.figures.style import legend_below, level_style, panels, placeholder, print_style
 from patch.reporting.published import load_throughput
 
@@ -16,11 +17,16 @@ if TYPE_CHECKING:
 def throughput(generation: pd.DataFrame) -> Figure:
     """Tokens per second over those of the dense model, by sparsity; a panel for each model of ours, one for the paper.
 
-    generation: `study.Study.generation`. A series per batch, lengths (prompt + generated tokens) and GPU.
+    generation: `study.Study.generation`; random tiles only, where it has both. A series per batch, lengths (prompt +
+    generated tokens), GPU and stack.
     """
+    if "mask" in generation and generation["mask"].eq(RANDOM).any():
+        generation = generation[generation["mask"] == RANDOM]
     theirs = load_throughput().assign(model="published: LLaMA-2-7B")
     table = pd.concat([generation, theirs], ignore_index=True)
     gpu = table["gpu"].fillna("").map(_short) if "gpu" in table else pd.Series("", index=table.index)
+    if "stack" in table:
+        gpu = gpu.str.cat(table["stack"].map(", {}".format, na_action="ignore").fillna(""))
     table["series"] = [
         f"{row.prefill_tokens:.0f} + {row.generated_tokens:.0f}, batch {row.batch:.0f}{f', {name}' if name else ''}"
         for row, name in zip(table.itertuples(), gpu, strict=True)

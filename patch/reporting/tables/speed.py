@@ -7,10 +7,11 @@ from typing import Any
 
 import pandas as pd
 
+from patch.benchmarking.options import RANDOM
 from patch.reporting.published import PAPER_TOKENS, load_memory, load_notes, load_throughput, load_training_cost
 from patch.reporting.study import Study
 from patch.reporting.summary import KEYS, rows_of, settings
-from patch.reporting.tables.layout import DASH, Column, Table, plain, signed
+from patch.reporting.tables.layout import Column, Table, plain, signed
 from patch.reporting.tables.quality import NO_CELLS, reasons, setting_columns
 from patch.reporting.targets import TABLES
 
@@ -41,9 +42,12 @@ def throughput(study: Study) -> Table:
         data = data.drop(columns=["speedup.published", "speedup.delta"], errors="ignore")
     lengths = data["prefill_tokens"].astype(int).astype(str) + " + " + data["generated_tokens"].astype(int).astype(str)
     data = data.assign(lengths=lengths)
+    data = data.assign(tiles=tiles_of(data["mask"])) if "mask" in data else data
     columns = [Column("origin", "", numeric=False), Column("model", "Model", numeric=False)]
     columns += [Column("gpu", "GPU", numeric=False)] if "gpu" in data else []
     columns += [Column("batch", "Batch", "{:.0f}".format), Column("lengths", "Prompt + new tokens")]
+    columns += [Column("stack", "Stack", numeric=False)] if "stack" in data else []
+    columns += [Column("tiles", "Tiles", numeric=False)] if "tiles" in data else []
     columns += [Column("sparsity_percent", "Sparsity %", "{:g}".format)]
     columns += [Column("dense_tok_s", "Dense tok/s", plain(1)), Column("hybrid_tok_s", "PATCH tok/s", plain(1))]
     columns += [Column("speedup", "Speed-up", _times)]
@@ -57,31 +61,23 @@ def throughput(study: Study) -> Table:
 def memory(study: Study) -> Table:
     """GPU memory of inference over that of the dense model, by sparsity; published for LLaMA-2-7B.
 
-    Columns of the data: model, gpu, batch, lengths, sparsity_percent, dense_gib, hybrid_gib, ratio, ratio.published,
-    ratio.delta.
+    Columns of the data: model, gpu, sparsity_percent, dense_gib, hybrid_gib, ratio, ratio.published, ratio.delta.
     """
-    names = ["model", "gpu", "batch", "lengths", "sparsity_percent", "dense_gib", "hybrid_gib"]
-    names += ["ratio", "ratio.published", "ratio.delta"]
+    names = ["model", "gpu", "sparsity_percent", "dense_gib", "hybrid_gib", "ratio", "ratio.published", "ratio.delta"]
     published, rows = load_memory(), []
-    for row in study.generation.to_dict("records"):
+    sizes = ["model", "sparsity_percent", "dense_gib", "hybrid_gib"]  # the same for all batches and lengths
+    for row in study.generation.drop_duplicates(sizes).to_dict("records"):
         theirs = (
             published.get(float(round(row["sparsity_percent"])), math.nan) if _is_llama2_7b(row["model"]) else math.nan
         )
         ratio = row["hybrid_gib"] / row["dense_gib"]
-        kept = {
-            name: row.get(name) for name in ("model", "gpu", "batch", "sparsity_percent", "dense_gib", "hybrid_gib")
-        }
-        lengths = f"{row['prefill_tokens']:.0f} + {row['generated_tokens']:.0f}"
-        delta = ratio - theirs
-        rows.append({**kept, "lengths": lengths, "ratio": ratio, "ratio.published": theirs, "ratio.delta": delta})
+        rows.append({**row, "ratio": ratio, "ratio.published": theirs, "ratio.delta": ratio - theirs})
     warnings = [] if rows else [f"Ours is {NOT_MEASURED}."]
     measured = {round(row["sparsity_percent"]) for row in rows if _is_llama2_7b(row["model"])}
-    unmeasured = {"model": "llama-2-7b", "lengths": DASH}
     missing = [sparsity for sparsity in published if sparsity not in measured]
-    rows += [{**unmeasured, "sparsity_percent": s, "ratio.published": published[s]} for s in missing]
+    rows += [{"model": "llama-2-7b", "sparsity_percent": s, "ratio.published": published[s]} for s in missing]
     data = pd.DataFrame(rows).reindex(columns=names)
-    columns = [Column("model", "Model", numeric=False), Column("batch", "Batch", "{:.0f}".format)]
-    columns += [Column("lengths", "Prompt + new tokens"), Column("sparsity_percent", "Sparsity %", "{:g}".format)]
+    columns = [Column("model", "Model", numeric=False), Column("sparsity_percent", "Sparsity %", "{:g}".format)]
     columns += [Column("dense_gib", "Dense GiB", plain(2)), Column("hybrid_gib", "PATCH GiB", plain(2))]
     columns += [Column("ratio", "Ratio", plain(3)), Column("ratio.published", "Published", plain(2))]
     columns += [Column("ratio.delta", "Δ", signed)]
@@ -97,12 +93,16 @@ def layer_speed(study: Study) -> Table:
     """
     sizes = zip(study.layers["out_features"], study.layers["in_features"], strict=True)
     data = study.layers.assign(shape=[f"{out:.0f} × {into:.0f}" for out, into in sizes])
+    data = data.assign(tiles=tiles_of(data["mask"])) if "mask" in data else data
     columns = [Column("shape", "Layer (out × in)", numeric=False), Column("tokens", "Tokens", "{:.0f}".format)]
     columns += [Column("sparsity_percent", "Sparsity %", "{:g}".format), Column("kernel", "Kernel", numeric=False)]
+    columns += [Column("tiles", "Tiles", numeric=False)] if "tiles" in data else []
     columns += [Column("us", "PATCH µs", plain(1)), Column("dense_us", "Dense µs", plain(1))]
     columns += [Column("speedup", "Speed-up", _times)]
     if "cusparselt_full_2_4_us" in data:
         columns.append(Column("cusparselt_full_2_4_us", "cuSPARSELt 2:4 µs", plain(1)))
+    if "compiled_dense_us" in data:
+        columns.append(Column("compiled_dense_us", "Compiled dense µs", plain(1)))
     if "fraction_of_floor" in data:
         columns.append(Column("fraction_of_floor", "Of the floor", plain(2)))
     columns += [Column("gpu", "GPU", numeric=False)] if "gpu" in data else []
@@ -152,6 +152,11 @@ def training_cost(study: Study) -> Table:
             columns += [Column("gpu_h.published", "Published", plain(1)), Column("gpu_h.delta", "Δ", signed)]
     notes = {note.id: note.text for note in load_notes("training_cost")}
     return Table(data, columns, level="sparsity", missing=reasons(table), notes=notes, empty=NO_CELLS)
+
+
+def tiles_of(masks: pd.Series) -> pd.Series:
+    """Of the benchmarks' column `mask`, whether the tiles are random or of a mask; older files do not say."""
+    return masks.map(lambda name: "random" if name == RANDOM else "of a mask", na_action="ignore")
 
 
 def _is_llama2_7b(model: str) -> bool:
