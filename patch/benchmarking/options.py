@@ -12,9 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from patch.methods import MethodName
 
-SHAPERANDOM = "random"
-"""What rows of random tiles say where others name their mask."""
-_NAMES = ("qwen2.5-0.5b", "llama-3.2-1b", "llama-2-7b", "llama-3.1-8b")
+SHAPE_NAMES = ("qwen2.5-0.5b", "llama-3.2-1b", "llama-2-7b", "llama-3.1-8b")
 """The keys of `patch.benchmarking.shapes.SHAPES`."""
 RANDOM = "random"
 """What rows of random tiles say where others name their mask."""
