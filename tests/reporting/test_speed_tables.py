@@ -35,6 +35,15 @@ def test_throughput_takes_a_difference_only_from_the_same_gpu_model_and_lengths(
     assert "tokens of the prompt and the generated ones together" in to_markdown(table)
 
 
+def test_rows_say_their_stack_and_whether_tiles_are_random() -> None:
+    both = pd.concat([generation(stack="compiled", mask=mask, batch=1) for mask in ("random", "cell/mask.safetensors")])
+    table = throughput(Study(NOTHING, generation=both))
+    assert table.data["tiles"].tolist()[:2] == ["random", "of a mask"]
+    assert table.data["tiles"][2:].isna().all()
+    assert {"Stack", "Tiles"} <= {column.header for column in table.columns}
+    assert len(memory(Study(NOTHING, generation=both)).data) == 3  # one size, and two that are only published
+
+
 def test_unmeasured_speed_shows_what_is_published_and_says_so() -> None:
     table = throughput(Study(NOTHING))
     assert len(table.data) == 12

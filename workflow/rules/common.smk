@@ -469,10 +469,11 @@ def runs_of_target(wildcards):
 
 
 def speed_of_target(wildcards):
-    """The measurements of speed, for the targets that show them."""
+    """The measurements of speed that a target shows; the claims ask for those of generation."""
     name = wildcards.target
     target = targets.TABLES.get(name) or targets.FIGURES[name]
-    return MEASURED if target.benchmark or name == "claims" else []
+    file = "generation.csv" if name == "claims" else target.benchmark
+    return [path for path in MEASURED if Path(path).name == file]
 
 
 def collect_options():

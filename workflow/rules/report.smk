@@ -42,7 +42,7 @@ rule tables:
     params:
         directory=subpath(output[0], parent=True),
         names=" ".join(f"--only {name}" for name in TABLE_NAMES),
-        speed=SPEED,
+        speed=lambda wildcards: SPEED,
         code=code_hash("report"),
     shell:
         "python -m patch tables {input.runs} --benchmarks {params.speed} --output {params.directory} {params.names}"
@@ -73,7 +73,7 @@ rule figures:
     params:
         directory=subpath(output[0], parent=True),
         names=" ".join(f"--only {name}" for name in FIGURE_NAMES),
-        speed=SPEED,
+        speed=lambda wildcards: SPEED,
         code=code_hash("report"),
     shell:
         "python -m patch figures {input.runs} --benchmarks {params.speed} --output {params.directory} {params.names}"
@@ -100,7 +100,7 @@ rule target_table:
         ENVIRONMENT
     params:
         directory=subpath(output[0], parent=True),
-        speed=SPEED,
+        speed=lambda wildcards: SPEED,
         code=code_hash("report"),
     shell:
         "python -m patch tables {input.runs} --benchmarks {params.speed} --output {params.directory} --only {wildcards.target}"
@@ -121,7 +121,7 @@ rule target_figure:
         ENVIRONMENT
     params:
         directory=subpath(output[0], parent=True),
-        speed=SPEED,
+        speed=lambda wildcards: SPEED,
         code=code_hash("report"),
     shell:
         "python -m patch figures {input.runs} --benchmarks {params.speed} --output {params.directory} --only {wildcards.target}"
