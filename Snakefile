@@ -30,6 +30,7 @@ wildcard_constraints:
     model="[^/]+",
     text="[^/]+",
     seed=r"\d+",
+    target="[^/]+",
     cell=".+",
 
 

@@ -266,6 +266,9 @@ class Experiment(Closed):
     """Where jobs compute; auto takes a GPU where there is one."""
     threads: int = Field(1, gt=0)
     """CPU threads per job. On a CPU several jobs of one thread get more done than one job with all cores."""
+    runs: str | None = None
+    """A runs table that tables, figures and claims are made of instead of running the grid, e.g. one of
+    results/reference."""
     mlflow_uri: str = "sqlite:///results/mlflow.db"
     """MLflow tracking store; any URI that MLflow accepts."""
 

@@ -161,7 +161,30 @@ def test_rules_are_lint_free_and_formatted() -> None:
 def test_named_targets_exist(tmp_path: Path) -> None:
     config = str(ROOT / "workflow" / "config" / "demo.yaml")
     done = snakemake("--list-target-rules", "--configfile", config, "--directory", str(tmp_path))
-    assert {"all", "demo", "tables", "figures", "mlflow"} <= set((done.stdout + done.stderr).split())
+    names = {"all", "demo", "tables", "figures", "mlflow", "table_tile_size", "figure_tile_size", "table_claims"}
+    assert names <= set((done.stdout + done.stderr).split())
+
+
+def test_one_table_runs_its_cells_only(tmp_path: Path) -> None:
+    config = ROOT / "workflow" / "config" / "paper.yaml"
+    done = snakemake("table_density_target", "-n", "-p", "--configfile", str(config), "--directory", str(tmp_path))
+    learned = {command.split(" --output ")[1].split()[0] for command in commands(done.stdout + done.stderr, "learn")}
+    cells = "results/paper/qwen2.5-0.5b/patch_joint"
+    assert learned == {
+        f"{cells}/{sparsity}-tiles128x128/{variant}learn" for sparsity in (45, 35, 25) for variant in ("", "per-block/")
+    }
+    (made,) = commands(done.stdout + done.stderr, "tables")
+    assert "results/paper/targets/density_target/runs.parquet" in made
+    assert "--only density_target" in made
+
+
+def test_committed_results_are_reported_without_running_anything(tmp_path: Path) -> None:
+    config = ROOT / "workflow" / "config" / "reference.yaml"
+    done = snakemake(
+        "tables", "figures", "table_claims", "--dry-run", "--configfile", str(config), "--directory", str(tmp_path)
+    )
+    started = {line.split()[1].rstrip(":") for line in done.stdout.splitlines() if "rule " in line[:10]}
+    assert started == {"tables", "figures", "target_table", "table_claims"}
 
 
 def test_generated_schema_and_key_list_are_up_to_date() -> None:

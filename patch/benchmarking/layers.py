@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 from patch.artefacts import PatchError
 from patch.benchmarking.decoder import MODE
+from patch.benchmarking.options import RANDOM
 from patch.benchmarking.replay import Call, copies_past_cache, copy_bandwidth, matmul_rate, microseconds
-from patch.benchmarking.shapes import RANDOM, random_mask
+from patch.benchmarking.shapes import random_mask
 from patch.kernels.hybrid import dispatch
 from patch.kernels.hybrid.format import HybridWeight, pack
 from patch.provenance import stamp

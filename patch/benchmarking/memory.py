@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from patch import inference
-from patch.benchmarking.shapes import RANDOM
+from patch.benchmarking.options import RANDOM
 from patch.models import prunable_linears
 from patch.provenance import stamp
 from patch.sparsity.maskset import MaskSet

@@ -14,6 +14,8 @@ from patch.methods import MethodName
 
 SHAPE_NAMES = ("qwen2.5-0.5b", "llama-3.2-1b", "llama-2-7b", "llama-3.1-8b")
 """The keys of `patch.benchmarking.shapes.SHAPES`."""
+RANDOM = "random"
+"""What rows of random tiles say where others name their mask."""
 _NAMES = "|".join(SHAPE_NAMES).replace(".", r"\.")
 
 Shape = Annotated[str, Field(pattern=rf"^({_NAMES})$")]

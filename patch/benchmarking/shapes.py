@@ -18,8 +18,6 @@ from patch.sparsity.maskset import LinearMask, MaskSet, fingerprint
 from patch.sparsity.patterns import Pattern, keep_n_of_m
 from patch.sparsity.tiles import expand, grid_shape
 
-RANDOM = "random"
-"""What rows of random tiles say where others name their mask."""
 SHAPES: dict[str, PreTrainedConfig] = {
     "qwen2.5-0.5b": Qwen2Config(
         vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,

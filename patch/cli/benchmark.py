@@ -205,7 +205,8 @@ def layers(
     import torch
 
     from patch.benchmarking.layers import layers_of_masks, measure
-    from patch.benchmarking.shapes import RANDOM, layer_shapes
+    from patch.benchmarking.options import RANDOM
+    from patch.benchmarking.shapes import layer_shapes
     from patch.sparsity.maskset import LinearMask, MaskSet
 
     use_threads(threads)
@@ -249,7 +250,8 @@ def generation(
 ) -> None:
     """Greedy generation, dense and with 2:4 tiles: prefill, decoding, both, and memory."""
     from patch.benchmarking.generation import measure
-    from patch.benchmarking.shapes import RANDOM, SHAPES, random_model
+    from patch.benchmarking.options import RANDOM
+    from patch.benchmarking.shapes import SHAPES, random_model
     from patch.models import load_model
     from patch.sparsity.maskset import MaskSet
 
@@ -286,7 +288,8 @@ def memory(
 ) -> None:
     """Size of a model's linear layers, dense and with 2:4 tiles packed."""
     from patch.benchmarking.memory import measure
-    from patch.benchmarking.shapes import RANDOM, SHAPES, random_masks, random_model
+    from patch.benchmarking.options import RANDOM
+    from patch.benchmarking.shapes import SHAPES, random_masks, random_model
     from patch.models import load_model
     from patch.sparsity.maskset import MaskSet
 

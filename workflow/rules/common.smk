@@ -17,6 +17,7 @@ from patch.cluster.site import Gpu, load_site
 from patch.experiments import load_experiment
 from patch.methods import METHODS
 from patch.provenance import code_hash
+from patch.reporting import targets
 
 # A large grid makes millions of objects that live to the end; looking for garbage among them takes a sixth of the time.
 # It is looked for again when jobs run (`onstart`), but not among these.
@@ -56,30 +57,44 @@ BENCHMARKS = (
     else {}
 )
 
-TABLE_NAMES = ["accuracy", "tasks"]
+
+def of_checkout(path):
+    """A file of the checkout, as seen from the working directory."""
+    return os.path.relpath(Path(workflow.basedir, path))
+
+
+def shown_targets(known):
+    """The names of the targets that have something to show: cells of this grid, or speed of the paper's models."""
+    sources = {setting["source"] for setting in SETTINGS}
+    measured = EXPERIMENT.runs or TIMED or sources & {*targets.SMALL, *targets.LARGE}
+    return [
+        name
+        for name, target in known.items()
+        if any(target.chosen(SETTINGS))
+        or (measured and target.benchmark in {Path(path).name for path in MEASURED})
+    ]
+
+
+# Where the results are read from, and the measurements of speed: the run's own, or those of the checkout.
+RUNS = of_checkout(EXPERIMENT.runs) if EXPERIMENT.runs else f"{RUN}/runs.parquet"
+TIMED = [name for name in ("layers", "generation") if name in BENCHMARKS]
+SPEED = f"{RUN}/benchmarks" if TIMED else of_checkout("results/reference")
+MEASURED = [
+    f"{SPEED}/{name}.csv"
+    for name in TIMED or ("layers", "generation")
+    if TIMED or Path(f"{SPEED}/{name}.csv").exists()
+]
+SETTINGS = [targets.setting_of(cell) for cell in GRID.cells]
+TABLE_NAMES = shown_targets(targets.TABLES)
 TABLES = expand(
     f"{RUN}/tables/{{name}}.{{form}}",
     name=TABLE_NAMES,
     form=["csv", "md", "tex", "html"],
 )
-FIGURE_NAMES = [
-    "perplexity_vs_sparsity",
-    "accuracy_vs_sparsity",
-    "sparsity_by_layer",
-    "training_curves",
-]
+FIGURE_NAMES = shown_targets(targets.FIGURES)
 FIGURES = expand(
     f"{RUN}/figures/{{name}}.{{form}}", name=FIGURE_NAMES, form=["pdf", "png"]
 )
-# As the HTML report lists them.
-TITLES = {
-    "accuracy": "Perplexity and mean accuracy",
-    "tasks": "Accuracy by task",
-    "perplexity_vs_sparsity": "Perplexity against sparsity",
-    "accuracy_vs_sparsity": "Accuracy against sparsity",
-    "sparsity_by_layer": "Sparsity by layer",
-    "training_curves": "Training curves",
-}
 
 # Braces would be placeholders.
 if "SLURM_JOB_ID" in os.environ and SITE.setup:
@@ -426,11 +441,11 @@ def _parameters(model):
 
 
 def cell_records(wildcards):
-    """The records of all cells of the grid: what the runs table is made of."""
+    """The records that the runs table is made of: of all cells of the grid, or of those that one target shows."""
     return [
         f"{RUN}/{folder}/record.json"
         for folder in dict.fromkeys(
-            cell.folder(stage) for cell in GRID.cells for stage in cell.stages
+            cell.folder(stage) for cell in _cells_of(wildcards) for stage in cell.stages
         )
     ]
 
@@ -438,9 +453,27 @@ def cell_records(wildcards):
 def cell_curves(wildcards):
     return [
         f"{RUN}/{cell.path}/learn/curves.parquet"
-        for cell in GRID.cells
+        for cell in _cells_of(wildcards)
         if cell.mask_stage == "learn" and not cell.compression_options
     ]
+
+
+def _cells_of(wildcards):
+    name = wildcards.get("target")
+    return GRID.cells if name is None else targets.cells_of(name, GRID.cells)
+
+
+def runs_of_target(wildcards):
+    """The runs table with the cells of one target."""
+    return RUNS if EXPERIMENT.runs else f"{RUN}/targets/{wildcards.target}/runs.parquet"
+
+
+def speed_of_target(wildcards):
+    """The measurements of speed that a target shows; the claims ask for those of generation."""
+    name = wildcards.target
+    target = targets.TABLES.get(name) or targets.FIGURES[name]
+    file = "generation.csv" if name == "claims" else target.benchmark
+    return [path for path in MEASURED if Path(path).name == file]
 
 
 def collect_options():
