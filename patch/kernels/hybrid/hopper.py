@@ -15,11 +15,14 @@ from torch import Tensor
 
 from patch.artefacts import PatchError
 from patch.kernels.hybrid import build
-from patch.kernels.hybrid.format import TILE_COLUMNS, HybridWeight
-from patch.kernels.hybrid.schedule import decode_schedule, prefill_order
+from patch.kernels.hybrid.format import TILE_COLUMNS, TILE_ROWS, HybridWeight
+from patch.kernels.hybrid.schedule import Schedule, decode_schedule, prefill_schedule, unit_costs
 
 MOST_DECODE_TOKENS = 128
-_SPARSE_TIME = 0.6  # of a 2:4 tile in prefill, in those of a dense one
+_SPARSE_TIME = 0.65  # of a 2:4 tile in prefill, in those of a dense one
+_CUTTING_TIME = 7.0  # of adding up partial sums in prefill, likewise, times the tiles of a unit
+_PREFILL_OUTPUTS = 256 * 128  # of a block at a time
+_TOKENS_AT_ONCE = 4096  # in prefill: their activations stay in the L2 cache
 _INT, _INT64, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _WIDTHS = (8, 16, 32, 64, 128)  # columns of one tensor-core instruction
 
@@ -49,10 +52,9 @@ class DecodeTuning:
 
     rows: int
     """Rows of tiles that a block works on at a time, 1 or 2: more shares the activations, fewer the partial sums."""
-    blocks_per_processor: int
     shared_kib: int
-    """Shared memory of a block: 226 (one block per multiprocessor) or 112 (two)."""
-    overlap: bool
+    """Shared memory of a block: 225, or 111, which leaves room for a block of the next layer."""
+    overlap: bool = True
     """Programmatic dependent launch: start to read the weight while the kernel before is finishing."""
 
 
@@ -71,20 +73,20 @@ def decode(x: Tensor, weight: HybridWeight, bias: Tensor | None = None, tuning: 
     width = next(width for width in _WIDTHS if width >= tokens)
     tuning = tuning or _tuning(weight, width)
     plan = _decode_plan(weight, width, tuning)
-    sums = torch.empty(plan.blocks * 2 * tuning.rows * width * 128, dtype=torch.float32, device=x.device)
+    sums = torch.empty(plan.slots * tuning.rows * width * TILE_ROWS, dtype=torch.float32, device=x.device)
     _check_launch(
         _decode_function()(
             x.dtype == torch.float16,
             rows.data_ptr(),
             rows.stride(0),
             weight.payload.data_ptr(),
-            plan.schedule.data_ptr(),
+            plan.table.data_ptr(),
             None if bias is None else bias.data_ptr(),
             y.data_ptr(),
             sums.data_ptr(),
             plan.arrivals.data_ptr(),
-            plan.schedule.shape[1],
-            plan.blocks,
+            plan.table.shape[1],
+            plan.table.shape[0],
             tuning.rows,
             weight.descriptors.shape[1],
             weight.out_features,
@@ -99,42 +101,51 @@ def decode(x: Tensor, weight: HybridWeight, bias: Tensor | None = None, tuning: 
 
 
 @dataclass(frozen=True)
-class _DecodePlan:
-    schedule: Tensor
+class _Plan:
+    table: Tensor
+    slots: int
     arrivals: Tensor
 
-    @property
-    def blocks(self) -> int:
-        return len(self.schedule) - 1
+
+def _plan(schedule: Schedule, device: torch.device) -> _Plan:
+    arrivals = torch.zeros(schedule.slots, dtype=torch.int32, device=device)
+    return _Plan(schedule.table.to(device), schedule.slots, arrivals)
 
 
-def _decode_plan(weight: HybridWeight, width: int, tuning: DecodeTuning) -> _DecodePlan:
+def _processors(weight: HybridWeight) -> int:
+    return torch.cuda.get_device_properties(weight.device).multi_processor_count
+
+
+def _decode_plan(weight: HybridWeight, width: int, tuning: DecodeTuning) -> _Plan:
     """Made on first use, and kept with the weight."""
-    key = ("decode", width, tuning.rows, tuning.blocks_per_processor)
+    key = ("decode", width, tuning.rows)
     if key not in weight.plans:
-        processors = torch.cuda.get_device_properties(weight.device).multi_processor_count
         unit_bytes = width * TILE_COLUMNS * 2
-        blocks = processors * tuning.blocks_per_processor
-        schedule = decode_schedule(weight.descriptors, tuning.rows, blocks, unit_bytes)
-        arrivals = torch.zeros(-(-len(weight.descriptors) // tuning.rows), dtype=torch.int32, device=weight.device)
-        weight.plans[key] = _DecodePlan(schedule, arrivals)
+        schedule = decode_schedule(weight.descriptors, tuning.rows, _processors(weight), unit_bytes)
+        weight.plans[key] = _plan(schedule, weight.device)
     return weight.plans[key]
 
 
 def _tuning(weight: HybridWeight, width: int) -> DecodeTuning:
-    """Measured on an H200 at 4 shapes of LLaMA-2-7B: pairs of tile rows pay where there are many and tokens are few.
+    """Pairs of tile rows pay where there are many and tokens are few.
 
     Overlap is safe here: making the schedule waits for the device, so a payload is complete before its first use.
     """
     tile_rows = len(weight.descriptors)
     paired = (tile_rows >= 64 and width <= 16) or (tile_rows >= 128 and width <= 32)
-    return DecodeTuning(rows=2 if paired else 1, blocks_per_processor=1, shared_kib=226, overlap=True)
+    return DecodeTuning(rows=2 if paired else 1, shared_kib=225 if width > 64 else 111)
 
 
-def prefill(x: Tensor, weight: HybridWeight, bias: Tensor | None = None, cluster: int = 1) -> Tensor:
-    """x [..., in] -> x @ weight^T + bias, [..., out], by tiles of 256 tokens. Repeats bit for bit.
+@dataclass(frozen=True)
+class PrefillTuning:
+    rows: int = 2
+    in_flight: bool = True
+    cut: bool = True
 
-    cluster: how many blocks share the activations they load: 1, 2 or 4.
+
+def prefill(x: Tensor, weight: HybridWeight, bias: Tensor | None = None, tuning: PrefillTuning = PrefillTuning()) -> Tensor:
+    """x [..., in] -> x @ weight^T + bias, [..., out], by tiles of 128 tokens. Repeats bit for bit.
+
     Raises PatchError where dtypes, shapes or devices do not fit, and where the kernel cannot run (see `supports`).
     """
     rows, bias = _prepare(x, weight, bias)
@@ -143,7 +154,8 @@ def prefill(x: Tensor, weight: HybridWeight, bias: Tensor | None = None, cluster
     y = torch.empty(*x.shape[:-1], weight.out_features, dtype=x.dtype, device=x.device)
     if not len(rows):
         return y
-    order = _prefill_order(weight, cluster)
+    plan = _prefill_plan(weight, len(rows), tuning)
+    sums = torch.empty(plan.slots * _PREFILL_OUTPUTS, dtype=torch.float32, device=x.device)
     _check_launch(
         _prefill_function()(
             x.dtype == torch.float16,
@@ -151,27 +163,39 @@ def prefill(x: Tensor, weight: HybridWeight, bias: Tensor | None = None, cluster
             rows.stride(0),
             weight.payload.data_ptr(),
             weight.descriptors.data_ptr(),
-            order.data_ptr(),
+            plan.table.data_ptr(),
             None if bias is None else bias.data_ptr(),
             y.data_ptr(),
+            sums.data_ptr(),
+            plan.arrivals.data_ptr(),
+            plan.table.shape[0],
+            plan.table.shape[1],
             weight.descriptors.shape[0],
-            len(order),
             weight.descriptors.shape[1],
             weight.out_features,
             weight.in_features,
             len(rows),
-            cluster,
+            tuning.rows,
+            tuning.in_flight,
             torch.cuda.current_stream(x.device).cuda_stream,
         )
     )
     return y
 
 
-def _prefill_order(weight: HybridWeight, cluster: int) -> Tensor:
+def _prefill_plan(weight: HybridWeight, tokens: int, tuning: PrefillTuning) -> _Plan:
     """Made on first use, and kept with the weight."""
-    key = ("prefill", cluster)
+    tile_tokens = _PREFILL_OUTPUTS // TILE_ROWS // tuning.rows
+    key = ("prefill", -(-tokens // tile_tokens), tuning.rows, tuning.cut)
     if key not in weight.plans:
-        weight.plans[key] = prefill_order(weight.descriptors, cluster, _SPARSE_TIME)
+        schedule = prefill_schedule(
+            unit_costs(weight.descriptors.cpu(), tuning.rows, _SPARSE_TIME),
+            -(-tokens // tile_tokens),
+            _processors(weight),
+            _TOKENS_AT_ONCE // tile_tokens,
+            _CUTTING_TIME * tuning.rows if tuning.cut else float("inf"),
+        )
+        weight.plans[key] = _plan(schedule, weight.device)
     return weight.plans[key]
 
 
@@ -198,7 +222,7 @@ def _decode_function() -> ctypes._NamedFuncPointer:
 
 
 def _prefill_function() -> ctypes._NamedFuncPointer:
-    return _typed(build.load("prefill").patch_prefill, [_INT, _POINTER, _INT64, *[_POINTER] * 5, *[_INT] * 7, _POINTER])
+    return _typed(build.load("prefill").patch_prefill, [_INT, _POINTER, _INT64, *[_POINTER] * 7, *[_INT] * 9, _POINTER])
 
 
 def _typed(function: ctypes._NamedFuncPointer, arguments: list[type]) -> ctypes._NamedFuncPointer:
