@@ -140,6 +140,9 @@ const char* launch(const Task& task, const Launch& how) {
     constexpr int bytes = RING_KIB * 1024 + sizeof(Control<SLOTS, ROWS>);
     auto* kernel = decode<T, N, ROWS, RING_KIB>;
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (status == cudaSuccess)  // room for the next layer's block, too
+        status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                      cudaSharedmemCarveoutMaxShared);
     if (status != cudaSuccess) return cudaGetErrorString(status);
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
