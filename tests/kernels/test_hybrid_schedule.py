@@ -59,7 +59,7 @@ def test_blocks_that_share_a_row_agree_on_its_partial_sums(rows_of_tiles, column
     for (_, first, last), own in slots.items():
         assert own == list(range(first, last + 1))  # from left to right
         assert len(own) > 1
-    assert sorted(sum(slots.values(), [])) == list(range(schedule.slots))
+    assert sorted(slot for own in slots.values() for slot in own) == list(range(schedule.slots))
 
 
 def test_shares_differ_by_a_unit_at_most():

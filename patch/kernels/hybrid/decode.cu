@@ -14,12 +14,17 @@
 
 constexpr int THREADS = CONSUMERS + 32, SLOTS = 32;
 
-struct Line {  // of a block in the schedule; see schedule.py
-    int first, end;             // units
+struct Header {  // of a block's line in the schedule, before the descriptors of its units; see schedule.py
+    int first, end;               // units
     int slot[2], from[2], to[2];  // partial sums of the rows of units that it starts in and ends in
-    int descriptors[];
 };
-constexpr int HEADER = sizeof(Line) / sizeof(int);
+constexpr int HEADER = sizeof(Header) / sizeof(int);
+
+template <int ROWS>
+struct Shared {
+    Control<SLOTS, ROWS> control;
+    volatile Header header;  // there as soon as the first unit is
+};
 
 struct Task {
     const uint8_t* payload;
@@ -31,13 +36,14 @@ struct Task {
 };
 
 template <typename T, int N, int ROWS, int RING_KIB>
-__device__ void load(const Task& task, const CUtensorMap& x, uint32_t ring, Control<SLOTS, ROWS>* control) {
+__device__ void load(const Task& task, const CUtensorMap& x, uint32_t ring, Shared<ROWS>* shared) {
     const int lane = threadIdx.x % 32;
     const int* numbers = task.schedule + size_t(blockIdx.x) * task.line;
     // 32 numbers of the line at a time, one per lane
     int held = numbers[lane], following = task.line > 32 ? numbers[32 + lane] : 0;
     const int first = __shfl_sync(~0u, held, 0), units = __shfl_sync(~0u, held, 1) - first;
-    Filler<RING_KIB, SLOTS, ROWS, N> filler = {task.payload, ring, control};
+    if (lane < HEADER) (&shared->header.first)[lane] = held;
+    Filler<RING_KIB, SLOTS, ROWS, N> filler = {task.payload, ring, &shared->control};
     int with_x = 0;
     const auto load_x = [&] {
         for (; with_x < filler.unit; ++with_x) filler.load_x(with_x, x, (first + with_x) % task.columns, 0);
@@ -90,7 +96,8 @@ template <typename T, int N, int ROWS, int RING_KIB>
 __global__ void __launch_bounds__(THREADS, RING_KIB > 112 ? 1 : 2)
     decode(const __grid_constant__ CUtensorMap x, const Task task) {
     extern __shared__ __align__(1024) uint8_t ring_memory[];
-    auto* control = reinterpret_cast<Control<SLOTS, ROWS>*>(ring_memory + RING_KIB * 1024);
+    auto* shared = reinterpret_cast<Shared<ROWS>*>(ring_memory + RING_KIB * 1024);
+    auto* control = &shared->control;
     const uint32_t ring = shared_address(ring_memory);
     if (threadIdx.x == 0) {
         prefetch_map(x);
@@ -100,27 +107,27 @@ __global__ void __launch_bounds__(THREADS, RING_KIB > 112 ? 1 : 2)
     launch_dependents();
 
     if (threadIdx.x >= CONSUMERS) {
-        load<T, N, ROWS, RING_KIB>(task, x, ring, control);
+        load<T, N, ROWS, RING_KIB>(task, x, ring, shared);
         return;
     }
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
-    const Line& line = *reinterpret_cast<const Line*>(task.schedule + size_t(blockIdx.x) * task.line);
-    const int first = line.first, end = line.end;
-    for (int unit = first; unit < end;) {
-        const int row = unit / task.columns, start = unit;
-        const int row_end = min(end, (row + 1) * task.columns);
+    barrier_wait(shared_address(control->full), 0);
+    const volatile Header& header = shared->header;
+    int row = header.first / task.columns, column = header.first % task.columns;
+    for (int unit = 0; unit < header.end - header.first; ++row, column = 0) {
+        const int count = min(task.columns - column, header.end - header.first - unit);
         float d[ROWS][N / 2] = {};
-        for (; unit < row_end; ++unit) {
-            const int slot = (unit - first) % SLOTS;
-            barrier_wait(shared_address(control->full + slot), (unit - first) / SLOTS & 1);
+        for (const int end = unit + count; unit < end; ++unit) {
+            const int slot = unit % SLOTS;
+            barrier_wait(shared_address(control->full + slot), unit / SLOTS & 1);
             multiply<T, N, ROWS>(d, ring, control, slot, group);
             wgmma_wait<0>();
             release(control, slot);
         }
-        const bool later = start != first;  // not in the row that the block starts in
+        const bool later = unit > count;  // not in the row that the block starts in
         if (!later) wait_for_previous_kernel();  // it may use the same sums, counters and output
-        if (unit - start == task.columns ||
-            add_up(d, task.shares, line.slot[later], line.from[later], line.to[later], &control->last))
+        if (count == task.columns ||
+            add_up(d, task.shares, header.slot[later], header.from[later], header.to[later], &control->last))
             store<T, N, ROWS>(task, d, row);
     }
 }
@@ -137,7 +144,7 @@ template <typename T, int N, int ROWS, int RING_KIB>
 const char* launch(const Task& task, const Launch& how) {
     CUtensorMap x;
     if (const char* error = describe_matrix<T>(&x, how.x, task.tokens, how.in_features, how.x_stride, N)) return error;
-    constexpr int bytes = RING_KIB * 1024 + sizeof(Control<SLOTS, ROWS>);
+    constexpr int bytes = RING_KIB * 1024 + sizeof(Shared<ROWS>);
     auto* kernel = decode<T, N, ROWS, RING_KIB>;
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (status == cudaSuccess)  // room for the next layer's block, too
@@ -170,7 +177,7 @@ const char* launch_type(const Task& task, const Launch& how) {
     if (task.tokens <= 16) return one ? launch_shared<T, 16, 1>(task, how) : launch_shared<T, 16, 2>(task, how);
     if (task.tokens <= 32) return one ? launch_shared<T, 32, 1>(task, how) : launch_shared<T, 32, 2>(task, how);
     if (task.tokens <= 64) return one ? launch_shared<T, 64, 1>(task, how) : launch_shared<T, 64, 2>(task, how);
-    return one ? launch_shared<T, 128, 1>(task, how) : "two rows of tiles at a time suit 64 tokens at most";
+    return one ? launch<T, 128, 1, 225>(task, how) : "two rows of tiles at a time suit 64 tokens at most";
 }
 
 // Null, or what went wrong.

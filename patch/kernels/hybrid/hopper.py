@@ -143,7 +143,9 @@ class PrefillTuning:
     cut: bool = True
 
 
-def prefill(x: Tensor, weight: HybridWeight, bias: Tensor | None = None, tuning: PrefillTuning = PrefillTuning()) -> Tensor:
+def prefill(
+    x: Tensor, weight: HybridWeight, bias: Tensor | None = None, tuning: PrefillTuning = PrefillTuning()
+) -> Tensor:
     """x [..., in] -> x @ weight^T + bias, [..., out], by tiles of 128 tokens. Repeats bit for bit.
 
     Raises PatchError where dtypes, shapes or devices do not fit, and where the kernel cannot run (see `supports`).

@@ -1,4 +1,4 @@
-"""Who works on which tiles: equal shares for the blocks of the CUDA kernels, and who adds up the sums that they share."""
+"""Who works on which tiles: equal shares for the blocks of the CUDA kernels, and who adds up sums that they share."""
 
 from __future__ import annotations
 
@@ -59,9 +59,7 @@ def decode_schedule(descriptors: Tensor, rows: int, blocks: int, unit_bytes: int
     return Schedule(torch.cat([torch.stack(header, 1), lines], 1).int(), segments.slots)
 
 
-def prefill_schedule(
-    costs: Tensor, token_tiles: int, blocks: int, tiles_at_once: int, cutting_cost: float
-) -> Schedule:
+def prefill_schedule(costs: Tensor, token_tiles: int, blocks: int, tiles_at_once: int, cutting_cost: float) -> Schedule:
     """Share out all pieces, a row of units by a tile of tokens each, so that the blocks finish together.
 
     costs: float64 [rows of units, columns], on the CPU. Each block makes whole pieces, those with most work first, of
@@ -73,9 +71,7 @@ def prefill_schedule(
     columns = costs.shape[1]
     row_costs = costs.sum(1)
     rows = row_costs.argsort(descending=True, stable=True)
-    pieces = torch.cat(
-        [torch.cartesian_prod(rows, tiles) for tiles in torch.arange(token_tiles).split(tiles_at_once)]
-    )
+    pieces = torch.cat([torch.cartesian_prod(rows, tiles) for tiles in torch.arange(token_tiles).split(tiles_at_once)])
     work = row_costs[pieces[:, 0]]
     of_block, loads = _whole_pieces(work, blocks)
     segments, slots = _whole_segments(pieces, columns), 0
@@ -97,7 +93,7 @@ def tile_bytes(descriptors: Tensor) -> Tensor:
 
 
 def unit_costs(descriptors: Tensor, rows: int, sparse_cost: float) -> Tensor:
-    """float64 [rows of units, columns]: a dense tile costs 1, a 2:4 one `sparse_cost`, one that is not there nothing."""
+    """float64 [rows of units, columns]: dense tiles cost 1, 2:4 ones `sparse_cost`, missing ones nothing."""
     units = _grouped(descriptors, rows)
     costs = torch.where(units < 0, sparse_cost, 1.0).double()
     return torch.where(units == NO_TILE, 0.0, costs).sum(1)
