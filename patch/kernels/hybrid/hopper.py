@@ -108,8 +108,10 @@ class _Plan:
 
 
 def _plan(schedule: Schedule, device: torch.device) -> _Plan:
-    arrivals = torch.zeros(schedule.slots, dtype=torch.int32, device=device)
-    return _Plan(schedule.table.to(device), schedule.slots, arrivals)
+    arrivals = torch.zeros(2 * schedule.slots, dtype=torch.int32, device=device)
+    plan = _Plan(schedule.table.to(device), schedule.slots, arrivals)
+    torch.cuda.current_stream(device).synchronize()  # decode reads the table before it waits for other kernels
+    return plan
 
 
 def _processors(weight: HybridWeight) -> int:
@@ -129,7 +131,7 @@ def _decode_plan(weight: HybridWeight, width: int, tuning: DecodeTuning) -> _Pla
 def _tuning(weight: HybridWeight, width: int) -> DecodeTuning:
     """Pairs of tile rows pay where there are many and tokens are few.
 
-    Overlap is safe here: making the schedule waits for the device, so a payload is complete before its first use.
+    Overlap is safe: making the plan waits for the device, so that a payload is complete before its first use.
     """
     tile_rows = len(weight.descriptors)
     paired = (tile_rows >= 64 and width <= 16) or (tile_rows >= 128 and width <= 32)
@@ -141,6 +143,7 @@ class PrefillTuning:
     rows: int = 2
     in_flight: bool = True
     cut: bool = True
+    cluster: int = 1
 
 
 def prefill(
@@ -157,7 +160,7 @@ def prefill(
     if not len(rows):
         return y
     plan = _prefill_plan(weight, len(rows), tuning)
-    sums = torch.empty(plan.slots * _PREFILL_OUTPUTS, dtype=torch.float32, device=x.device)
+    sums = torch.empty(plan.slots * tuning.cluster * _PREFILL_OUTPUTS, dtype=torch.float32, device=x.device)
     _check_launch(
         _prefill_function()(
             x.dtype == torch.float16,
@@ -177,8 +180,10 @@ def prefill(
             weight.out_features,
             weight.in_features,
             len(rows),
+            plan.slots,
             tuning.rows,
             tuning.in_flight,
+            tuning.cluster,
             torch.cuda.current_stream(x.device).cuda_stream,
         )
     )
@@ -187,13 +192,13 @@ def prefill(
 
 def _prefill_plan(weight: HybridWeight, tokens: int, tuning: PrefillTuning) -> _Plan:
     """Made on first use, and kept with the weight."""
-    tile_tokens = _PREFILL_OUTPUTS // TILE_ROWS // tuning.rows
-    key = ("prefill", -(-tokens // tile_tokens), tuning.rows, tuning.cut)
+    tile_tokens = _PREFILL_OUTPUTS // TILE_ROWS // tuning.rows * tuning.cluster
+    key = ("prefill", -(-tokens // tile_tokens), tuning.rows, tuning.cut, tuning.cluster)
     if key not in weight.plans:
         schedule = prefill_schedule(
             unit_costs(weight.descriptors.cpu(), tuning.rows, _SPARSE_TIME),
             -(-tokens // tile_tokens),
-            _processors(weight),
+            _processors(weight) // tuning.cluster,
             _TOKENS_AT_ONCE // tile_tokens,
             _CUTTING_TIME * tuning.rows if tuning.cut else float("inf"),
         )
@@ -224,7 +229,9 @@ def _decode_function() -> ctypes._NamedFuncPointer:
 
 
 def _prefill_function() -> ctypes._NamedFuncPointer:
-    return _typed(build.load("prefill").patch_prefill, [_INT, _POINTER, _INT64, *[_POINTER] * 7, *[_INT] * 9, _POINTER])
+    return _typed(
+        build.load("prefill").patch_prefill, [_INT, _POINTER, _INT64, *[_POINTER] * 7, *[_INT] * 11, _POINTER]
+    )
 
 
 def _typed(function: ctypes._NamedFuncPointer, arguments: list[type]) -> ctypes._NamedFuncPointer:

@@ -25,14 +25,14 @@ struct Task {
     const Segment* segments;  // [blocks, most of a block and its end]
     const void* bias;         // [out] or null
     Shares shares;
-    int most, tile_rows, columns, out_features;
+    int most, tile_rows, columns, out_features, slots;
 };
 
-template <int ROWS, int TOKENS>
+template <int ROWS, int TOKENS, int CLUSTER>
 __device__ void load(const Task& task, const CUtensorMap& x, uint32_t ring, Control<SLOTS, ROWS>* control) {
-    const int lane = threadIdx.x % 32;
-    Filler<RING_KIB, SLOTS, ROWS, TOKENS> filler = {task.payload, ring, control};
-    const Segment* segments = task.segments + size_t(blockIdx.x) * task.most;
+    const int lane = threadIdx.x % 32, rank = CLUSTER == 1 ? 0 : cluster_rank();
+    Filler<RING_KIB, SLOTS, ROWS, TOKENS, CLUSTER> filler = {task.payload, ring, control};
+    const Segment* segments = task.segments + size_t(blockIdx.x / CLUSTER) * task.most;
     for (Segment segment = *segments, next; segment.row >= 0; segment = next) {
         next = *++segments;
         const auto descriptor = [&](int row, int column) {  // 32 columns at a time, one per lane
@@ -58,7 +58,7 @@ __device__ void load(const Task& task, const CUtensorMap& x, uint32_t ring, Cont
             const uint32_t kib = kib_of_tiles(descriptors);
             filler.make_room(kib);
             filler.load_tiles(descriptors, kib, EVICT_NORMAL);
-            filler.load_x(filler.unit - 1, x, column, segment.token_tile * TOKENS);
+            filler.load_x(filler.unit - 1, x, column, (segment.token_tile * CLUSTER + rank) * TOKENS);
         }
     }
 }
@@ -112,10 +112,12 @@ __device__ void store(const Task& task, const CUtensorMap& y, const float (&d)[R
     }
 }
 
-template <typename T, int ROWS, int TOKENS, bool IN_FLIGHT>
+template <typename T, int ROWS, int TOKENS, bool IN_FLIGHT, int CLUSTER>
 __device__ void compute(const Task& task, const CUtensorMap& y, uint32_t ring, Control<SLOTS, ROWS>* control, int group) {
     const uint32_t memory = ring + RING_KIB * 1024 + group * STORE_BYTES;
-    const Segment* segments = task.segments + size_t(blockIdx.x) * task.most;
+    const Segment* segments = task.segments + size_t(blockIdx.x / CLUSTER) * task.most;
+    const int rank = CLUSTER == 1 ? 0 : cluster_rank();
+    const Shares shares = {task.shares.sums + size_t(rank) * task.slots * OUTPUTS / 4, task.shares.arrivals + rank * task.slots};
     int step = 0;
     for (Segment segment = *segments, next; segment.row >= 0; segment = next) {
         next = *++segments;  // on its way while this one is made
@@ -126,24 +128,24 @@ __device__ void compute(const Task& task, const CUtensorMap& y, uint32_t ring, C
             multiply<T, TOKENS, ROWS>(d, ring, control, slot, group);
             if (IN_FLIGHT) {
                 wgmma_wait<ROWS>();
-                if (column > segment.begin) release(control, (step - 1) % SLOTS);
+                if (column > segment.begin) release<CLUSTER>(control, (step - 1) % SLOTS);
             } else {
                 wgmma_wait<0>();
-                release(control, slot);
+                release<CLUSTER>(control, slot);
             }
         }
         if (IN_FLIGHT) {
             wgmma_wait<0>();
-            release(control, (step - 1) % SLOTS);
+            release<CLUSTER>(control, (step - 1) % SLOTS);
         }
         if (segment.from == segment.to ||
-            add_up(d, task.shares, segment.slot, segment.from, segment.to, &control->last))
-            store<T, ROWS, TOKENS>(task, y, d, segment.row, segment.token_tile, memory, group);
+            add_up(d, shares, segment.slot, segment.from, segment.to, &control->last))
+            store<T, ROWS, TOKENS>(task, y, d, segment.row, segment.token_tile * CLUSTER + rank, memory, group);
     }
     if (threadIdx.x % 128 == 0) stores_have_finished();
 }
 
-template <typename T, int ROWS, int TOKENS, bool IN_FLIGHT>
+template <typename T, int ROWS, int TOKENS, bool IN_FLIGHT, int CLUSTER>
 __global__ void __launch_bounds__(THREADS, 1)
     prefill(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap y, const Task task) {
     extern __shared__ __align__(1024) uint8_t ring_memory[];
@@ -151,17 +153,22 @@ __global__ void __launch_bounds__(THREADS, 1)
     auto* control = reinterpret_cast<Control<SLOTS, ROWS>*>(ring_memory + RING_KIB * 1024 + GROUPS * STORE_BYTES);
     if (threadIdx.x == 0) {
         prefetch_map(x);
-        control->init();
+        control->init(CLUSTER);
     }
-    __syncthreads();
+    if constexpr (CLUSTER == 1)
+        __syncthreads();
+    else
+        cluster_barrier();
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (group == GROUPS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x / 32 == CONSUMERS / 32) load<ROWS, TOKENS>(task, x, ring, control);
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        if (threadIdx.x / 32 == CONSUMERS / 32) load<ROWS, TOKENS, CLUSTER>(task, x, ring, control);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        compute<T, ROWS, TOKENS, IN_FLIGHT>(task, y, ring, control, group);
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+        compute<T, ROWS, TOKENS, IN_FLIGHT, CLUSTER>(task, y, ring, control, group);
     }
+    __syncwarp();
+    if constexpr (CLUSTER > 1) cluster_barrier();  // no block may leave while another still sends to it
 }
 
 struct Launch {
@@ -172,7 +179,7 @@ struct Launch {
     cudaStream_t stream;
 };
 
-template <typename T, int ROWS, bool IN_FLIGHT>
+template <typename T, int ROWS, bool IN_FLIGHT, int CLUSTER>
 const char* launch(const Task& task, const Launch& how) {
     constexpr int TOKENS = OUTPUTS / ROWS / TILE_ROWS, BYTES = RING_KIB * 1024 + GROUPS * STORE_BYTES + sizeof(Control<SLOTS, ROWS>);
     CUtensorMap x, y;
@@ -180,26 +187,37 @@ const char* launch(const Task& task, const Launch& how) {
     if (const char* error =
             describe_matrix<T>(&y, how.y, how.tokens, task.out_features, task.out_features, STORED_TOKENS))
         return error;
-    auto* kernel = prefill<T, ROWS, TOKENS, IN_FLIGHT>;
+    auto* kernel = prefill<T, ROWS, TOKENS, IN_FLIGHT, CLUSTER>;
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
     if (status != cudaSuccess) return cudaGetErrorString(status);
-    kernel<<<how.blocks, THREADS, BYTES, how.stream>>>(x, y, task);
-    status = cudaGetLastError();
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = CLUSTER;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = how.blocks * CLUSTER;
+    config.blockDim = THREADS;
+    config.dynamicSmemBytes = BYTES;
+    config.stream = how.stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    status = cudaLaunchKernelEx(&config, kernel, x, y, task);
     return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
 template <typename T>
-const char* launch_variant(int rows, int in_flight, const Task& task, const Launch& how) {
-    if (rows == 1) return launch<T, 1, false>(task, how);
-    return in_flight ? launch<T, 2, true>(task, how) : launch<T, 2, false>(task, how);
+const char* launch_variant(int rows, int in_flight, int cluster, const Task& task, const Launch& how) {
+    if (rows == 1) return launch<T, 1, false, 1>(task, how);
+    if (cluster == 2) return launch<T, 2, true, 2>(task, how);
+    return in_flight ? launch<T, 2, true, 1>(task, how) : launch<T, 2, false, 1>(task, how);
 }
 
 // Null, or what went wrong.
 extern "C" const char* patch_prefill(int half, const void* x, int64_t x_stride, const void* payload,
                                      const void* descriptors, const void* segments, const void* bias, void* y,
                                      void* partial_sums, void* arrivals, int blocks, int most, int tile_rows, int columns,
-                                     int out_features, int in_features, int tokens, int rows, int in_flight,
-                                     void* stream) {
+                                     int out_features, int in_features, int tokens, int slots, int rows, int in_flight,
+                                     int cluster, void* stream) {
     const Task task = {static_cast<const uint8_t*>(payload),
                        static_cast<const int*>(descriptors),
                        static_cast<const Segment*>(segments),
@@ -208,8 +226,9 @@ extern "C" const char* patch_prefill(int half, const void* x, int64_t x_stride, 
                        most,
                        tile_rows,
                        columns,
-                       out_features};
+                       out_features,
+                       slots};
     const Launch how = {x, y, x_stride, in_features, tokens, blocks, cudaStream_t(stream)};
-    return half ? launch_variant<__half>(rows, in_flight, task, how)
-                : launch_variant<__nv_bfloat16>(rows, in_flight, task, how);
+    return half ? launch_variant<__half>(rows, in_flight, cluster, task, how)
+                : launch_variant<__nv_bfloat16>(rows, in_flight, cluster, task, how);
 }

@@ -19,17 +19,17 @@ struct Control {
     volatile uint32_t kinds[SLOTS][ROWS];   // descriptors of their tiles
     volatile int last;
 
-    __device__ void init() {  // by one thread
+    __device__ void init(int cluster = 1) {  // by one thread
         for (int slot = 0; slot < SLOTS; ++slot) {
             barrier_init(shared_address(full + slot), 1);
-            barrier_init(shared_address(empty + slot), CONSUMERS / 32);
+            barrier_init(shared_address(empty + slot), cluster * CONSUMERS / 32);
         }
         barrier_init_fence();
     }
 };
 
 // Fills the ring; a warp together. Places count on in KiB from round to round of the ring.
-template <int RING_KIB, int SLOTS, int ROWS, int TOKENS>
+template <int RING_KIB, int SLOTS, int ROWS, int TOKENS, int CLUSTER = 1>
 struct Filler {
     static_assert(SLOTS <= 32);  // lanes
     static constexpr uint32_t X_KIB = TOKENS * TILE_COLUMNS * 2 / 1024;
@@ -54,8 +54,12 @@ struct Filler {
     }
 
     __device__ void make_room(uint32_t tiles_kib) {
-        for (; !has_room(tiles_kib); ++oldest)
-            barrier_wait(shared_address(control->empty + oldest % SLOTS), oldest / SLOTS & 1);
+        for (; !has_room(tiles_kib); ++oldest) {
+            if constexpr (CLUSTER == 1)
+                barrier_wait(shared_address(control->empty + oldest % SLOTS), oldest / SLOTS & 1);
+            else
+                barrier_wait_cluster(shared_address(control->empty + oldest % SLOTS), oldest / SLOTS & 1);
+        }
     }
 
     // The tiles of the next unit, for which there is room. The payload has them behind one another.
@@ -71,7 +75,14 @@ struct Filler {
         for (int row = 0; row < ROWS; ++row) control->kinds[slot][row] = descriptors[row];
         const uint32_t full = shared_address(control->full + slot);
         barrier_arrive_expect(full, (X_KIB + tiles_kib) * 1024);
-        copy_bytes(ring + place + X_KIB * 1024, tile_address(payload, descriptors[0]), tiles_kib * 1024, full, policy);
+        const uint32_t to = ring + place + X_KIB * 1024;
+        const uint8_t* from = tile_address(payload, descriptors[0]);
+        if constexpr (CLUSTER == 1) {
+            copy_bytes(to, from, tiles_kib * 1024, full, policy);
+        } else {
+            const uint32_t rank = cluster_rank(), half = tiles_kib / 2 * 1024, skipped = rank * half;
+            copy_bytes_to_all(to + skipped, from + skipped, rank ? tiles_kib * 1024 - half : half, full, 3, policy);
+        }
     }
 
     // x for a unit whose tiles have been loaded.
@@ -119,10 +130,14 @@ __device__ inline void multiply(float (&d)[ROWS][N / 2], uint32_t ring, const Co
     }
 }
 
-template <int SLOTS, int ROWS>
+template <int CLUSTER = 1, int SLOTS, int ROWS>
 __device__ inline void release(Control<SLOTS, ROWS>* control, int slot) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(control->empty + slot));
+    if constexpr (CLUSTER == 1) {
+        if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(control->empty + slot));
+    } else {
+        if (threadIdx.x % 32 < CLUSTER) barrier_arrive_remote(shared_address(control->empty + slot), threadIdx.x % 32);
+    }
 }
 
 // Sums that several blocks have a part of: each leaves its own in float32, in `slot`; the last to arrive adds up those of
