@@ -122,6 +122,45 @@ __device__ void compute(const Task& task, const CUtensorMap& y, uint32_t ring, C
     for (Segment segment = *segments, next; segment.row >= 0; segment = next) {
         next = *++segments;  // on its way while this one is made
         float d[ROWS][TOKENS / 2] = {};
+        if constexpr (ROWS == 1 && IN_FLIGHT) {
+            int column = segment.begin;
+            const auto arrive = [&] {  // whether the next tile is 2:4
+                const int slot = step % SLOTS;
+                barrier_wait(shared_address(control->full + slot), step / SLOTS & 1);
+                return (control->kinds[slot][0] & SPARSE_BIT) != 0;
+            };
+            bool sparse = arrive();
+            while (column < segment.end) {
+                const int from = step;
+                if (sparse) {
+                    do {
+                        const uint32_t unit = ring + control->places[step % SLOTS], tile = unit + TOKENS * TILE_COLUMNS * 2;
+                        const uint32_t metadata = metadata_of(tile, 64 * group);
+                        wgmma_begin();
+                        multiply_sparse<T, TOKENS>(d[0], tile, 64 * group, operand_of_128_byte_rows(unit), metadata);
+                        wgmma_commit();
+                        wgmma_wait<1>();
+                        if (step > from) release<CLUSTER>(control, (step - 1) % SLOTS);
+                        ++step;
+                        if (++column < segment.end) sparse = arrive();
+                    } while (column < segment.end && sparse);
+                    wgmma_wait<0>();
+                } else {
+                    do {
+                        const uint32_t unit = ring + control->places[step % SLOTS], tile = unit + TOKENS * TILE_COLUMNS * 2;
+                        wgmma_begin();
+                        multiply_dense<T, TOKENS>(d[0], tile, 64 * group, operand_of_128_byte_rows(unit));
+                        wgmma_commit();
+                        wgmma_wait<1>();
+                        if (step > from) release<CLUSTER>(control, (step - 1) % SLOTS);
+                        ++step;
+                        if (++column < segment.end) sparse = arrive();
+                    } while (column < segment.end && !sparse);
+                    wgmma_wait<0>();
+                }
+                release<CLUSTER>(control, (step - 1) % SLOTS);
+            }
+        } else {
         for (int column = segment.begin; column < segment.end; ++column, ++step) {
             const int slot = step % SLOTS;
             barrier_wait(shared_address(control->full + slot), step / SLOTS & 1);
@@ -137,6 +176,7 @@ __device__ void compute(const Task& task, const CUtensorMap& y, uint32_t ring, C
         if (IN_FLIGHT) {
             wgmma_wait<0>();
             release<CLUSTER>(control, (step - 1) % SLOTS);
+        }
         }
         if (segment.from == segment.to ||
             add_up(d, shares, segment.slot, segment.from, segment.to, &control->last))
@@ -207,7 +247,7 @@ const char* launch(const Task& task, const Launch& how) {
 
 template <typename T>
 const char* launch_variant(int rows, int in_flight, int cluster, const Task& task, const Launch& how) {
-    if (rows == 1) return launch<T, 1, false, 1>(task, how);
+    if (rows == 1) return in_flight ? launch<T, 1, true, 1>(task, how) : launch<T, 1, false, 1>(task, how);
     if (cluster == 2) return launch<T, 2, true, 2>(task, how);
     return in_flight ? launch<T, 2, true, 1>(task, how) : launch<T, 2, false, 1>(task, how);
 }
