@@ -235,7 +235,7 @@ class LearnedTiles(Learned):
     """Which tiles end dense. sign: those with a positive logit, as in the paper; the realised sparsity is then what
     comes out. topk: the largest logits, as many as meet the target. balanced: the same with equally many per row of
     tiles within a layer, which evens out the work of inference kernels."""
-    reference: OneShot = "sparsegpt"
+    reference: OneShot | Literal["random"] = "sparsegpt"
     """One-shot method whose unstructured mask gives the tile prior."""
 
 
