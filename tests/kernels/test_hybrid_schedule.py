@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from patch.kernels.hybrid.schedule import NO_TILE, decode_schedule, prefill_schedule, tile_bytes, unit_costs
+from patch.kernels.hybrid.format import DENSE_BYTES, SPARSE_BYTES
+from patch.kernels.hybrid.hopper import DecodeTuning, _tuning
+from patch.kernels.hybrid.schedule import NO_TILE, decode_schedule, prefill_order, tile_bytes
 
 HEADER = 8
 
@@ -73,60 +77,28 @@ def test_shares_differ_by_a_unit_at_most():
     assert max(costs) <= sum(costs) / len(costs) + 2 * 16384 + 2048
 
 
-def test_costs_of_units():
-    descriptors = torch.tensor([[-1, 5], [1, 2], [-1, -1]], dtype=torch.int32)
-    assert unit_costs(descriptors, 1, 0.5).tolist() == [[0.5, 1], [1, 1], [0.5, 0.5]]
-    assert unit_costs(descriptors, 2, 0.5).tolist() == [[1.5, 2], [0.5, 0.5]]
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "width", "share", "fastest"),
+    [
+        (4096, 4096, 16, 0.9, DecodeTuning(1, 111)),
+        (6144, 4096, 8, 0.5, DecodeTuning(2, 225)),
+        (4096, 11008, 16, 0.9, DecodeTuning(2, 225)),
+        (22016, 4096, 16, 0.9, DecodeTuning(2, 111)),
+        (28672, 4096, 64, 0.7, DecodeTuning(2, 111)),
+        (14336, 4096, 64, 0.9, DecodeTuning(2, 225)),
+        (14336, 4096, 64, 0.5, DecodeTuning(1, 225)),
+        (4096, 14336, 64, 0.9, DecodeTuning(1, 225)),
+        (28672, 4096, 128, 0.9, DecodeTuning(1, 225)),  # the only one with registers for it
+    ],
+)
+def test_decode_runs_as_was_measured_to_be_fastest(out_features, in_features, width, share, fastest):
+    tile_rows, columns = out_features // 128, in_features // 64
+    sparse = round(share * tile_rows * columns)
+    payload = torch.empty(sparse * SPARSE_BYTES + (tile_rows * columns - sparse) * DENSE_BYTES, device="meta")
+    weight = SimpleNamespace(payload=payload, descriptors=torch.empty(tile_rows, columns, device="meta"))
+    assert _tuning(weight, width) == fastest
 
 
-def loads(schedule, costs):
-    """Work of each block; asserts that the segments cover every piece once and agree on partial sums."""
-    token_tiles = int(schedule.table[..., 1].max()) + 1
-    covered = torch.zeros(costs.shape[0], token_tiles, costs.shape[1], dtype=torch.int64)
-    result, shared = [], {}
-    for block in schedule.table.tolist():
-        segments = block[: next(i for i, segment in enumerate(block) if segment[0] == -1)]
-        assert all(segment == [-1] * 8 for segment in block[len(segments) :])
-        result.append(0.0)
-        for row, tile, begin, end, slot, first, last, _ in segments:
-            covered[row, tile, begin:end] += 1
-            result[-1] += float(costs[row, begin:end].sum())
-            if first == last:
-                assert (begin, end) == (0, costs.shape[1])
-            else:
-                shared.setdefault((row, tile, first, last), []).append((begin, slot))
-    assert (covered == 1).all()
-    assert len({piece[:2] for piece in shared}) == len(shared)
-    for (_, _, first, last), parts in shared.items():
-        assert [slot for _, slot in sorted(parts)] == list(range(first, last + 1))
-    slots = sorted(slot for parts in shared.values() for _, slot in parts)
-    assert slots == list(range(schedule.slots))
-    return torch.tensor(result, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("cutting_cost", [-1e9, 0, 14, float("inf")])
-@pytest.mark.parametrize("token_tiles", [1, 16, 33])
-@pytest.mark.parametrize(("rows_of_tiles", "columns"), [(1, 1), (3, 5), (32, 64), (5, 152)])
-def test_every_piece_is_made_once(rows_of_tiles, columns, token_tiles, cutting_cost):
-    costs = unit_costs(random_descriptors(rows_of_tiles, columns, 0.9), 2, 0.65)
-    schedule = prefill_schedule(costs, token_tiles, 132, 32, cutting_cost)
-    assert len(schedule.table) == 132
-    assert loads(schedule, costs).sum() == pytest.approx(float(costs.sum()) * token_tiles)
-    if cutting_cost == float("inf"):
-        assert not schedule.slots
-
-
-def test_pieces_are_cut_where_that_balances():
-    costs = unit_costs(random_descriptors(86, 64, 0.9), 2, 0.65)  # 688 pieces: 5.2 for each block
-    whole = loads(prefill_schedule(costs, 16, 132, 32, float("inf")), costs)
-    cut = loads(prefill_schedule(costs, 16, 132, 32, 14), costs)
-    assert whole.max() > 1.12 * whole.mean()
-    assert cut.max() < 1.03 * cut.mean()
-    even = unit_costs(random_descriptors(88, 64, 0), 2, 0.65)  # 44 x 3 pieces: one for each block
-    assert not prefill_schedule(even, 3, 132, 32, 0).slots
-
-
-def test_pieces_with_most_work_come_first_and_light_ones_join_heavy_ones():
-    costs = torch.tensor([[1.0], [4.0], [3.0], [2.0]], dtype=torch.float64)
-    table = prefill_schedule(costs, 1, 2, 1, float("inf")).table
-    assert table[:, :, 0].tolist() == [[1, 0, -1], [2, 3, -1]]
+def test_rows_with_most_work_come_first():
+    descriptors = torch.tensor([[-1, -1, 5], [1, 2, 3], [-1, -1, -1], [1, -1, 5], [-1, -1, 5]], dtype=torch.int32)
+    assert prefill_order(descriptors, 0.6).tolist() == [1, 3, 0, 4, 2]

@@ -30,7 +30,7 @@ from patch.kernels.hybrid import hopper
 from patch.kernels.hybrid.format import DENSE_BYTES, SPARSE_BYTES, HybridWeight, reference_matmul, unpack
 
 FEWEST_PREFILL_TOKENS = 33
-"""Below, its tiles of 128 tokens are mostly padding."""
+"""Below, its tiles of 256 tokens are mostly padding."""
 MOST_TOKENS = 8192
 """Larger calls count as this many tokens."""
 SLOWER = 1.03

@@ -51,25 +51,6 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
         : "memory");
 }
 
-// Arrive at the barrier that has this address in the shared memory of the cluster's block `rank`.
-__device__ inline void barrier_arrive_remote(uint32_t barrier, uint32_t rank) {
-    asm volatile(
-        "{\n.reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier), "r"(rank)
-        : "memory");
-}
-
-// As barrier_wait, for barriers that other blocks of the cluster arrive at.
-__device__ inline void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}" ::"r"(barrier), "r"(parity)
-        : "memory");
-}
-
 template <int THREADS>
 __device__ inline void named_barrier(int id) {  // __syncthreads of some of the warps
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
@@ -86,16 +67,6 @@ __device__ inline void copy_bytes(uint32_t to, const void* from, uint32_t bytes,
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
             to),
         "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
-        : "memory");
-}
-
-// As copy_bytes, to the same place in each block of `blocks`, a bit per block of the cluster.
-__device__ inline void copy_bytes_to_all(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier,
-                                         uint16_t blocks, uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1], "
-        "%2, [%3], %4, %5;" ::"r"(to),
-        "l"(from), "r"(bytes), "r"(barrier), "h"(blocks), "l"(policy)
         : "memory");
 }
 
@@ -130,18 +101,6 @@ __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.sha
 __device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
 __device__ inline void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// ---- clusters
-
-__device__ inline uint32_t cluster_rank() {
-    uint32_t rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-__device__ inline void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 // ---- wgmma: 64 rows of A times the columns of B, by four warps; both operands in shared memory, K innermost
 
 // Where an operand is: rows of 128 bytes (64 values of K) or 64 bytes (32 kept values), swizzled as wide as they are.
@@ -156,12 +115,7 @@ __device__ inline uint64_t operand_of_64_byte_rows(uint32_t address) {
 
 __device__ inline void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
-// Until no more than LEFT groups of instructions are still running.
-template <int LEFT>
-__device__ inline void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
-}
+__device__ inline void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
 // d[N / 2] += A * B. Lane l of warp w holds rows 16 w + l / 4 (+ 8: elements 2, 3 of each four), of columns
 // 8 j + 2 (l % 4) (+ 1: elements 1, 3) in d[4 j ...].

@@ -1,4 +1,4 @@
-"""Who works on which tiles: equal shares for the blocks of the CUDA kernels, and who adds up sums that they share."""
+"""Who works on which tiles: equal shares for the blocks of the decode kernel, a good order for those of prefill."""
 
 from __future__ import annotations
 
@@ -13,20 +13,18 @@ from patch.kernels.hybrid.format import DENSE_BYTES, SPARSE_BYTES
 NO_TILE = 2**31 - 1
 """Descriptor of a tile that is not there: it fills up groups of tile rows."""
 _LINE = 32  # numbers, 128 bytes
-_LEAST_COLUMNS = 8
-"""Pieces are not cut closer to their ends than this."""
 
 
 @dataclass(frozen=True)
-class Schedule:
+class DecodeSchedule:
     """A table for the kernel, and how many partial sums there are to be room for."""
 
     table: Tensor
-    """int32 [blocks, ...]"""
+    """int32 [blocks, line]"""
     slots: int
 
 
-def decode_schedule(descriptors: Tensor, rows: int, blocks: int, unit_bytes: int) -> Schedule:
+def decode_schedule(descriptors: Tensor, rows: int, blocks: int, unit_bytes: int) -> DecodeSchedule:
     """Share out the stream of units (`rows` tiles under one another) in contiguous pieces of nearly equal cost.
 
     descriptors: int32 [tile rows, tile columns]. A unit costs the bytes of its tiles and `unit_bytes` besides.
@@ -56,47 +54,19 @@ def decode_schedule(descriptors: Tensor, rows: int, blocks: int, unit_bytes: int
     line = -(-(len(header) + most * rows) // _LINE) * _LINE
     places = starts[:-1, None] * rows + torch.arange(line - len(header), device=descriptors.device)
     lines = units.flatten()[places.clamp(max=units.numel() - 1)]
-    return Schedule(torch.cat([torch.stack(header, 1), lines], 1).int(), segments.slots)
+    return DecodeSchedule(torch.cat([torch.stack(header, 1), lines], 1).int(), segments.slots)
 
 
-def prefill_schedule(costs: Tensor, token_tiles: int, blocks: int, tiles_at_once: int, cutting_cost: float) -> Schedule:
-    """Share out all pieces, a row of units by a tile of tokens each, so that the blocks finish together.
-
-    costs: float64 [rows of units, columns], on the CPU. Each block makes whole pieces, those with most work first, of
-    `tiles_at_once` tiles of tokens at a time; then, where that saves more than `cutting_cost`, the last one or two
-    pieces of each are cut along the columns into equal shares.
-    The table is int32 [blocks, most segments + 1, 8]. A segment: row of units (-1: no more), tile of tokens, first and
-    last + 1 column, slot of its partial sums, first and last slot of those of its piece (the same for whole pieces), 0.
-    """
-    columns = costs.shape[1]
-    row_costs = costs.sum(1)
-    rows = row_costs.argsort(descending=True, stable=True)
-    pieces = torch.cat([torch.cartesian_prod(rows, tiles) for tiles in torch.arange(token_tiles).split(tiles_at_once)])
-    work = row_costs[pieces[:, 0]]
-    of_block, loads = _whole_pieces(work, blocks)
-    segments, slots = _whole_segments(pieces, columns), 0
-
-    kept = max(len(pieces) // blocks - 1, 0) * blocks
-    of_kept, loads_of_kept = _whole_pieces(work[:kept], blocks)
-    shares = (work.sum() / blocks - loads_of_kept).clamp(min=0)
-    cut, of_cut, loads_of_cut, slots_of_cut = _cut_segments(pieces[kept:], costs, shares)
-    if (loads_of_kept + loads_of_cut).max() + cutting_cost < loads.max():
-        of_block, slots = torch.cat([of_kept, of_cut]), slots_of_cut
-        segments = torch.cat([segments[:kept], cut])
-    return Schedule(_by_block(segments, of_block, blocks), slots)
+def prefill_order(descriptors: Tensor, sparse_cost: float) -> Tensor:
+    """int32 [tile rows]: the rows of tiles, those with most work first; a dense tile is 1, a 2:4 one `sparse_cost`."""
+    costs = torch.where(descriptors < 0, sparse_cost, 1.0).sum(1)
+    return costs.argsort(descending=True, stable=True).int()
 
 
 def tile_bytes(descriptors: Tensor) -> Tensor:
     """int64, of the same shape: what each tile occupies."""
     sizes = torch.where(descriptors < 0, SPARSE_BYTES, DENSE_BYTES)
     return torch.where(descriptors == NO_TILE, 0, sizes)
-
-
-def unit_costs(descriptors: Tensor, rows: int, sparse_cost: float) -> Tensor:
-    """float64 [rows of units, columns]: dense tiles cost 1, 2:4 ones `sparse_cost`, missing ones nothing."""
-    units = _grouped(descriptors, rows)
-    costs = torch.where(units < 0, sparse_cost, 1.0).double()
-    return torch.where(units == NO_TILE, 0.0, costs).sum(1)
 
 
 def _grouped(descriptors: Tensor, rows: int) -> Tensor:
@@ -109,8 +79,6 @@ def _grouped(descriptors: Tensor, rows: int) -> Tensor:
 class _Segments:
     """A stream of rows, cut where blocks start and where rows end; all int64."""
 
-    begin: Tensor
-    """[segments]: first unit"""
     slot: Tensor
     """[segments]: number among the segments that are not whole rows, 0 for whole rows"""
     of_block: Tensor
@@ -122,7 +90,7 @@ class _Segments:
 
 
 def _segments(starts: Tensor, columns: int, units: int) -> _Segments:
-    """starts: int64 [blocks + 1], 0 to `units`, not descending."""
+    """starts: int64 [blocks + 1], ascending from 0 to `units`."""
     ends_of_rows = torch.arange(0, units + 1, columns, device=starts.device)
     cuts = torch.cat([starts, ends_of_rows]).unique()
     begin, end = cuts[:-1], cuts[1:]
@@ -130,57 +98,4 @@ def _segments(starts: Tensor, columns: int, units: int) -> _Segments:
     number = shared.cumsum(0) - 1
     slot = torch.where(shared, number, 0)
     first = torch.searchsorted(begin, ends_of_rows)  # of each row, and the number of segments
-    return _Segments(
-        begin, slot, torch.searchsorted(cuts, starts), slot[first[:-1]], slot[first[1:] - 1], int(shared.sum())
-    )
-
-
-def _whole_pieces(costs: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    """Block of each piece, and the blocks' loads: `blocks` pieces at a time go to the blocks with least work so far."""
-    loads = torch.zeros(blocks, dtype=torch.float64)
-    takers = [torch.empty(0, dtype=torch.int64)]
-    for wave in costs.split(blocks) if len(costs) else ():
-        takers.append(loads.argsort(stable=True)[: len(wave)])
-        loads[takers[-1]] += wave
-    return torch.cat(takers), loads
-
-
-def _cut_segments(pieces: Tensor, costs: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The pieces one behind another, cut in proportion to `shares` [blocks].
-
-    Returns the segments [segments, 8], the block of each, the blocks' loads, and the number of slots.
-    """
-    columns = costs.shape[1]
-    ends = costs[pieces[:, 0]].flatten().cumsum(0)
-    wanted = shares.cumsum(0) / shares.sum() * ends[-1]
-    inside = torch.searchsorted(ends, wanted[:-1])
-    over = inside % columns
-    inside = torch.where(over < _LEAST_COLUMNS, inside - over, inside)
-    inside = torch.where(over > columns - _LEAST_COLUMNS, inside + columns - over, inside)
-    starts = torch.cat([inside.new_zeros(1), inside, inside.new_tensor([len(ends)])])
-    segments = _segments(starts, columns, len(ends))
-    piece = segments.begin // columns
-    table = _whole_segments(pieces[piece], columns)
-    table[:, 2] = segments.begin % columns
-    table[:, 3] = torch.cat([segments.begin[1:], starts[-1:]]) - piece * columns
-    table[:, 4] = segments.slot
-    table[:, 5], table[:, 6] = segments.first_slot[piece], segments.last_slot[piece]
-    loads = F.pad(ends, (1, 0))[starts].diff()
-    return table, torch.searchsorted(starts, segments.begin, right=True) - 1, loads, segments.slots
-
-
-def _whole_segments(pieces: Tensor, columns: int) -> Tensor:
-    """Pieces [pieces, 2] as segments [pieces, 8]."""
-    table = pieces.new_zeros(len(pieces), 8)
-    table[:, :2], table[:, 3] = pieces, columns
-    return table
-
-
-def _by_block(segments: Tensor, of_block: Tensor, blocks: int) -> Tensor:
-    """int32 [blocks, most + 1, 8], in the segments' order; -1 behind the last."""
-    counts = of_block.bincount(minlength=blocks)
-    order = of_block.argsort(stable=True)
-    place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[of_block[order]]
-    table = torch.full((blocks, int(counts.max()) + 1, 8), -1, dtype=torch.int32)
-    table[of_block[order], place] = segments[order].int()
-    return table
+    return _Segments(slot, torch.searchsorted(cuts, starts), slot[first[:-1]], slot[first[1:] - 1], int(shared.sum()))
