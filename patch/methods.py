@@ -147,7 +147,8 @@ class Trained(Method):
     """What the backward pass computes again instead of keeping it: nothing, each block's activations, or its
     effective weights too, which saves two bytes per weight and costs another drawing of the masks."""
     checkpoint_every: int = Field(50, gt=0)
-    """Steps between saved states; an interrupted job goes on from the last one."""
+    """Steps between saved states, more where saving would take over a tenth of the time. An interrupted job goes on
+    from the last one."""
 
     @field_validator("checkpointing", mode="before")
     @classmethod
