@@ -15,6 +15,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch.nn.utils.rnn import pad_sequence
 
+from patch.artefacts import PatchError
+
 
 class CausalScorer(HFLM):
     """`HFLM` for the log-likelihoods of answers; without progress bars, which fill log files."""
@@ -31,10 +33,14 @@ class CausalScorer(HFLM):
         """An answer's log-probability, and whether greedy decoding gives it.
 
         requests: both texts, the context's tokens and the answer's. A context loses its first tokens where the whole is
-        too long for the model.
+        too long for the model. Raises PatchError for an answer that alone is.
         """
         answers_of: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)
         for number, (_, context, answer) in enumerate(requests):
+            if len(answer) > self.max_length:
+                raise PatchError(
+                    f"question {number}: its answer of {len(answer)} tokens is longer than the model's {self.max_length}."
+                )
             tokens = (context + answer)[-(self.max_length + 1) :]
             answers_of[tuple(tokens[:-1])].append((number, answer))
         inputs = sorted(answers_of, key=lambda tokens: (-len(tokens), tokens))  # the most memory first

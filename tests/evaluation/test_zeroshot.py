@@ -103,6 +103,12 @@ def test_one_input_serves_answers_of_several_lengths(tiny_model, tokenizer) -> N
     assert [score for score, _ in found] == pytest.approx([float(each[-n:].sum()) for n in (1, 3, 2)], rel=1e-5)
 
 
+def test_an_answer_longer_than_the_model_is_refused(tiny_model, tokenizer) -> None:
+    model = tiny_model(vocab_size=max(256, len(tokenizer)), max_position_embeddings=64)
+    with pytest.raises(PatchError, match="answer of 65 tokens is longer than the model's 64"):
+        harness_model(model, tokenizer, 4)._loglikelihood_tokens([(("", ""), [5], random_tokens(65))])
+
+
 def test_limit_asks_only_the_first_questions(questions, tiny_model, tokenizer) -> None:
     result = zero_shot(tiny_model(), tokenizer, TaskLibrary(["tiny"], "embedded"), "tiny", 2, batch_size=8)
     assert {item["item"] for item in result.items} == {0, 1}
