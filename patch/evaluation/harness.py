@@ -39,7 +39,8 @@ class CausalScorer(HFLM):
         for number, (_, context, answer) in enumerate(requests):
             if len(answer) > self.max_length:
                 raise PatchError(
-                    f"question {number}: its answer of {len(answer)} tokens is longer than the model's {self.max_length}."
+                    f"question {number}: its answer of {len(answer)} tokens is longer than the model's "
+                    f"{self.max_length}, so it cannot be scored."
                 )
             tokens = (context + answer)[-(self.max_length + 1) :]
             answers_of[tuple(tokens[:-1])].append((number, answer))
