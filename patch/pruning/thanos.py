@@ -9,7 +9,7 @@ inverse of the Hessian of this and all later inputs, and M the row's pruned inpu
 
 Two things make it fast. G is never formed: the Cholesky factor of the whole inverse holds that of every G, of which
 only the block's rows are needed. And inv(G[M, M]) w[M] is scattered into the block's columns, after which the update
-of all rows is one matrix product instead of one per row. On a GPU `patch.kernels.thanos_triton` helps with the former.
+of all rows is one matrix product instead of one per row. On a GPU `patch.kernels.thanos_triton` solves the systems.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from patch.pruning.hessian import DAMPING_RETRIES, Hessian
 from patch.pruning.wanda import score
 from patch.sparsity.patterns import Pattern, drop_lowest, keep_n_of_m, pruned_count
 
-SYSTEM_BYTES = {"cpu": 2**26, "cuda": 2**27}
+SYSTEM_BYTES = {"cpu": 2**26, "cuda": 2**28}
 """Size of the systems that are solved together; results do not depend on it."""
 PANEL = {"cpu": 32, "cuda": 64}
 """Columns of a system that are eliminated at a time."""
@@ -154,6 +154,7 @@ def joint_multipliers(inverse: Tensor, block: Tensor, pruned: Tensor) -> Tensor 
         systems = _systems(inverse, columns, real)
         values = block[rows].gather(1, columns) * real
         solved &= _solve_(systems, values.unsqueeze(2))
+        del systems  # before memory is taken for the next ones
         multipliers[rows] = torch.zeros_like(block[rows]).scatter_(1, columns, values)
     return multipliers if solved else None
 
@@ -173,24 +174,23 @@ def _systems(inverse: Tensor, columns: Tensor, real: Tensor) -> Tensor:
 def _solve_(systems: Tensor, values: Tensor) -> Tensor:
     """Replace `values` [rows, size, 1] by inv(systems) values; False where a system is not positive definite.
 
-    systems: symmetric [rows, size, size], overwritten; returns bool []. By block elimination, PANEL columns at a time:
+    systems: symmetric [rows, size, size], overwritten; returns bool []. A = L D L^T by blocks, PANEL columns at a time:
     many small matrices are inverted well; of larger ones, little but matrix products is then left.
     """
     inverses, size = [], systems.shape[1]
     failed = torch.zeros(len(systems), dtype=torch.bool, device=systems.device)
     width = PANEL[systems.device.type]
     panels = [slice(start, min(start + width, size)) for start in range(0, size, width)]
-    for panel in panels:
-        below = slice(panel.stop, size)
+    for panel in panels:  # L grows below the diagonal, D L^T above it, and inv(D) in `inverses`
+        before, rest, below = slice(panel.start), slice(panel.start, size), slice(panel.stop, size)
+        if panel.start > 0:
+            systems[:, rest, panel].baddbmm_(systems[:, rest, before], systems[:, before, panel], alpha=-1)
+            values[:, panel].baddbmm_(systems[:, panel, before], values[:, before], alpha=-1)
         inverse, panel_failed = _inverses(systems[:, panel, panel])
         inverses.append(inverse)
         failed |= panel_failed
-        if panel.stop == size:
-            break
-        factor = systems[:, below, panel] @ inverse
-        systems[:, below, below].baddbmm_(factor, systems[:, below, panel].mT, alpha=-1)
-        values[:, below].baddbmm_(factor, values[:, panel], alpha=-1)
-        systems[:, below, panel] = factor
+        systems[:, panel, below] = systems[:, below, panel].mT
+        torch.bmm(systems[:, panel, below].mT, inverse, out=systems[:, below, panel])
     for panel, inverse in zip(reversed(panels), reversed(inverses), strict=True):
         below = slice(panel.stop, size)
         values[:, panel] = inverse @ values[:, panel] - systems[:, below, panel].mT @ values[:, below]
