@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from patch.artefacts import PatchError
 from patch.kernels import runs_triton
-from patch.kernels.philox import philox, six_integers
+from patch.kernels.philox import philox, spacings
 from patch.sparsity.packing import PATTERNS_2_4
 from patch.sparsity.tiles import expand, grid_shape, tile_sums
 
@@ -43,7 +43,8 @@ cache."""
 
 Noise = Callable[["Sampling", int, int], Callable[[int], Tensor]]
 """`noise(sampling, layer, groups)` starts the stream of a layer; then `draw(rows)` gives the standard Gumbel noise of
-its next rows, float32 [6, rows, groups], the same however many rows are drawn at once."""
+its next rows, float32 [6, rows, groups], the same however many rows are drawn at once. A number added to all six of a
+group changes nothing."""
 
 
 def tabulated_noise(sampling: Sampling, layer: int, groups: int) -> Callable[[int], Tensor]:
@@ -63,7 +64,10 @@ def tabulated_noise(sampling: Sampling, layer: int, groups: int) -> Callable[[in
 
 
 def philox_noise(sampling: Sampling, layer: int, groups: int) -> Callable[[int], Tensor]:
-    """The GPU's noise, the same bits: for comparisons between devices, since it is slow in PyTorch."""
+    """The GPU's noise, the same bits: for comparisons between devices, since it is slow in PyTorch.
+
+    Gumbel noise up to a number that the six entries of a group share (`philox.spacings`).
+    """
     first_group = 0
 
     def draw(rows: int) -> Tensor:
@@ -71,7 +75,7 @@ def philox_noise(sampling: Sampling, layer: int, groups: int) -> Callable[[int],
         group = torch.arange(first_group, first_group + rows * groups).view(rows, groups)
         first_group += rows * groups
         words = philox(sampling.seed, (group, layer, sampling.micro_step, sampling.rank))
-        return gumbel_of(six_integers(words), bits=21).float()
+        return -spacings(words).log()
 
     return draw
 

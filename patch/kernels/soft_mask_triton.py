@@ -3,8 +3,8 @@
 Both work at the speed of memory: they read logits and weights once, write the effective weights or the gradients, and
 draw the noise anew from counters. A program covers ROWS x 4 * GROUPS weights at a time, a shape in which every thread
 owns whole groups and 16 bytes of bfloat16 weights, so that nothing moves between threads; it goes down its column for
-`steps` such blocks, loading ahead. Special functions are the GPU's approximations; the largest error, that of a Gumbel
-variate, is 4e-5.
+`steps` such blocks, loading ahead. Special functions are the GPU's approximations. The noise is `philox.spacings`, whose
+logarithm is that of an exponential but for a shift that the six of a group share: one logarithm instead of two.
 
 Sums are deterministic. That of (W * M)^2 is finished by the last program to arrive, in a fixed order. A program stays
 inside one tile where the tile size allows it, and the sums of the tiles are then one small reduction; other tile sizes
@@ -44,14 +44,37 @@ _KEPT_0, _KEPT_1, _KEPT_2, _KEPT_3 = (tl.constexpr(bits) for bits in _KEPT)
 
 
 @triton.jit
-def _score(logit, integer, scale):
-    """log2 of exp(scale * l + g) up to a constant, for u = (integer + 1/2) / 2**21."""
-    k = integer.to(tl.float32)
-    u = k * 4.76837158203125e-07 + 2.384185791015625e-07
-    v = k * -4.76837158203125e-07 + 0.9999997615814209  # 1 - u, exactly
-    # close to u = 1 the approximate logarithm keeps no digits, and two terms of the series suffice
-    exponential = tl.where(v < 0.00390625, v * (v * (0.5 * _LOG2_E) + _LOG2_E), -log2(u))
-    return logit.to(tl.float32) * scale - log2(exponential)
+def _uniform(word, TAG: tl.constexpr):
+    """1 + (k + TAG / 8) / 2**20 for the 20 random bits k above the lowest three and below the exponent's place."""
+    return ((word & 0x7FFFF8) | (0x3F800000 + TAG)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _ascending(x, y):
+    return tl.minimum(x, y), tl.maximum(x, y)
+
+
+@triton.jit
+def _beside(x, y):
+    """x, which Triton then keeps in the threads that have float32 y, and all that is computed from it."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,f", [x, y], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _spacings(r0, r1, r2, r3):
+    """As `philox.spacings`. No two of the numbers are equal, and every difference is exact."""
+    u0, u1, u2, u3 = _uniform(r0, 1), _uniform(r1, 2), _uniform(r2, 3), _uniform(r3, 4)
+    u4 = _uniform(r0 >> 24 << 16 | r1 >> 24 << 8 | r2 >> 24, 5)
+    u0, u3 = _ascending(u0, u3)
+    u1, u4 = _ascending(u1, u4)
+    u0, u2 = _ascending(u0, u2)
+    u1, u3 = _ascending(u1, u3)
+    u0, u1 = _ascending(u0, u1)
+    u2, u4 = _ascending(u2, u4)
+    u1, u2 = _ascending(u1, u2)
+    u3, u4 = _ascending(u3, u4)
+    u2, u3 = _ascending(u2, u3)
+    return u0 - 1, u1 - u0, u2 - u1, u3 - u2, u4 - u3, 2 - u4
 
 
 @triton.jit
@@ -69,13 +92,12 @@ def _load_planes(pointer, offsets, plane, inside):
 @triton.jit
 def _soft_probabilities(logits, offsets, seed, layer, micro_step, rank, scale, inverse_temperature):
     """Six probabilities of each group, to be multiplied by the seventh result, and the code of the largest."""
-    r0, r1, r2, r3 = philox(offsets, layer, micro_step, rank, seed)
-    y0 = _score(logits[0], r0 >> 11, scale)
-    y1 = _score(logits[1], r1 >> 11, scale)
-    y2 = _score(logits[2], r2 >> 11, scale)
-    y3 = _score(logits[3], r3 >> 11, scale)
-    y4 = _score(logits[4], (r0 & 0x7FF) << 10 | r1 & 0x3FF, scale)
-    y5 = _score(logits[5], (r2 & 0x7FF) << 10 | r3 & 0x3FF, scale)
+    r0, r1, r2, r3 = philox(_beside(offsets, logits[0].to(tl.float32)), layer, micro_step, rank, seed)
+    e0, e1, e2, e3, e4, e5 = _spacings(r0, r1, r2, r3)
+    # log2 of exp(scale * l + g), up to a constant
+    y0, y1 = logits[0].to(tl.float32) * scale - log2(e0), logits[1].to(tl.float32) * scale - log2(e1)
+    y2, y3 = logits[2].to(tl.float32) * scale - log2(e2), logits[3].to(tl.float32) * scale - log2(e3)
+    y4, y5 = logits[4].to(tl.float32) * scale - log2(e4), logits[5].to(tl.float32) * scale - log2(e5)
     largest = tl.maximum(tl.maximum(tl.maximum(y0, y1), tl.maximum(y2, y3)), tl.maximum(y4, y5))
     code = tl.where(y3 == largest, 3, tl.where(y4 == largest, 4, 5))
     code = tl.where(y0 == largest, 0, tl.where(y1 == largest, 1, tl.where(y2 == largest, 2, code)))
@@ -83,7 +105,13 @@ def _soft_probabilities(logits, offsets, seed, layer, micro_step, rank, scale, i
     p0, p1 = exp2(y0 * inverse_temperature - shift), exp2(y1 * inverse_temperature - shift)
     p2, p3 = exp2(y2 * inverse_temperature - shift), exp2(y3 * inverse_temperature - shift)
     p4, p5 = exp2(y4 * inverse_temperature - shift), exp2(y5 * inverse_temperature - shift)
-    return p0, p1, p2, p3, p4, p5, reciprocal(p0 + p1 + p2 + p3 + p4 + p5), code
+    return p0, p1, p2, p3, p4, p5, reciprocal(p0 + p1 + p2 + (p3 + p4) + p5), code
+
+
+@triton.jit
+def _mix(p0, p1, p2, p3, p4, p5):
+    """The soft mask of each of the four places of a group."""
+    return p0 + p1 + p2, p3 + p4 + p0, p1 + p3 + p5, p4 + p5 + p2
 
 
 @triton.jit
@@ -174,6 +202,7 @@ def _forward(
         inside = _inside(rows, group, out, groups, EVEN)
         weights_inside = _inside(rows, place, out, 4 * groups, EVEN)
         weight = tl.load(weight_ptr + weights_at, weights_inside, 0).to(tl.float32)
+        unit = 1.0  # of m0 to m3
         if patterns_ptr.dtype.element_ty == tl.uint8:
             m0, m1, m2, m3 = _kept_by(tl.load(patterns_ptr + offsets, inside, 0))
         else:
@@ -184,11 +213,13 @@ def _forward(
             if HARD:
                 m0, m1, m2, m3 = _kept_by(code)
             else:
-                m0, m1 = (p0 + p1 + p2) * inverse, (p0 + p3 + p4) * inverse
-                m2, m3 = (p1 + p3 + p5) * inverse, (p2 + p4 + p5) * inverse
-        if tile_ptr is not None:
-            t = tile_share if ALIGNED else _tile_of_groups(tile_ptr, rows, group, inside, tile_columns, HEIGHT, WIDTH)
-            m0, m1, m2, m3 = t + (1 - t) * m0, t + (1 - t) * m1, t + (1 - t) * m2, t + (1 - t) * m3
+                m0, m1, m2, m3 = _mix(p0, p1, p2, p3, p4, p5)
+                unit = inverse
+        t = tile_share
+        if tile_ptr is not None and not ALIGNED:
+            t = _tile_of_groups(tile_ptr, rows, group, inside, tile_columns, HEIGHT, WIDTH)
+        unit = (1 - t) * unit
+        m0, m1, m2, m3 = t + unit * m0, t + unit * m1, t + unit * m2, t + unit * m3
         effective = weight * _join(m0, m1, m2, m3)
         tl.store(effective_ptr + weights_at, effective.to(effective_ptr.dtype.element_ty), weights_inside)
         squares += effective * effective
@@ -255,48 +286,52 @@ def _backward(
         weights_inside = _inside(rows, place, out, 4 * groups, EVEN)
         weight = tl.load(weight_ptr + weights_at, weights_inside, 0).to(tl.float32)
         d_effective = tl.load(d_effective_ptr + weights_at, weights_inside, 0).to(tl.float32)
+        unit = 1.0  # of m0 to m3
         if patterns_ptr.dtype.element_ty == tl.uint8:
             m0, m1, m2, m3 = _kept_by(tl.load(patterns_ptr + offsets, inside, 0))
         else:
             logits = _load_planes(patterns_ptr, offsets, plane, inside)
-            if BUFFER:
-                before = _load_planes(d_logits_ptr, offsets, plane, inside & accumulate)
-            else:
-                before = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+            zero = tl.zeros([_ROWS, _GROUPS], d_logits_ptr.dtype.element_ty)
+            b0, b1, b2, b3, b4, b5 = zero, zero, zero, zero, zero, zero
+            if BUFFER and accumulate:
+                b0, b1, b2, b3, b4, b5 = _load_planes(d_logits_ptr, offsets, plane, inside)
             p0, p1, p2, p3, p4, p5, inverse, code = _soft_probabilities(
                 logits, offsets, seed, layer, micro_step, rank, scale, inverse_temperature
             )
-            p0, p1, p2, p3, p4, p5 = p0 * inverse, p1 * inverse, p2 * inverse, p3 * inverse, p4 * inverse, p5 * inverse
             if HARD:
                 m0, m1, m2, m3 = _kept_by(code)
             else:
-                m0, m1, m2, m3 = p0 + p1 + p2, p0 + p3 + p4, p1 + p3 + p5, p2 + p4 + p5
+                m0, m1, m2, m3 = _mix(p0, p1, p2, p3, p4, p5)
+                unit = inverse
         w0, w1, w2, w3 = _split(weight)
         g0, g1, g2, g3 = _split(d_effective)
         t = tile_share
         if tile_ptr is not None and not ALIGNED:
             t = _tile_of_groups(tile_ptr, rows, group, inside, tile_columns, HEIGHT, WIDTH)
-        d0 = (g0 + twice * (t + (1 - t) * m0) * w0) * w0
-        d1 = (g1 + twice * (t + (1 - t) * m1) * w1) * w1
-        d2 = (g2 + twice * (t + (1 - t) * m2) * w2) * w2
-        d3 = (g3 + twice * (t + (1 - t) * m3) * w3) * w3
+        least, span = twice * t, twice * (1 - t) * unit
+        d0, d1 = (g0 + (least + span * m0) * w0) * w0, (g1 + (least + span * m1) * w1) * w1
+        d2, d3 = (g2 + (least + span * m2) * w2) * w2, (g3 + (least + span * m3) * w3) * w3
+        mean = (d0 * m0 + d1 * m1 + d2 * m2 + d3 * m3) * unit
         if tile_ptr is not None:
-            d_share = d0 * (1 - m0) + d1 * (1 - m1) + d2 * (1 - m2) + d3 * (1 - m3)
+            d_share = d0 + d1 + d2 + d3 - mean
             if ALIGNED:
                 d_tile += d_share
             else:
                 tl.store(d_tile_ptr + offsets, d_share, inside)
         if d_logits_ptr is not None:
-            e0, e1, e2, e3, e4, e5 = d0 + d1, d0 + d2, d0 + d3, d1 + d2, d1 + d3, d2 + d3
-            mean = p0 * e0 + p1 * e1 + p2 * e2 + p3 * e3 + p4 * e4 + p5 * e5
-            factor = slope * (1 - t)
+            if HARD:
+                m0, m1, m2, m3 = _mix(p0, p1, p2, p3, p4, p5)
+                mean = (d0 * m0 + d1 * m1 + d2 * m2 + d3 * m3) * inverse
+            # the mean over the patterns of what each keeps of d0 to d3 is the mean of d under the soft mask
+            factor = slope * (1 - t) * inverse
+            c1, c2, c3 = d1 - mean, d2 - mean, d3 - mean
             at = d_logits_ptr + offsets
-            tl.store(at, (before[0] + p0 * (e0 - mean) * factor).to(at.dtype.element_ty), inside)
-            tl.store(at + plane, (before[1] + p1 * (e1 - mean) * factor).to(at.dtype.element_ty), inside)
-            tl.store(at + 2 * plane, (before[2] + p2 * (e2 - mean) * factor).to(at.dtype.element_ty), inside)
-            tl.store(at + 3 * plane, (before[3] + p3 * (e3 - mean) * factor).to(at.dtype.element_ty), inside)
-            tl.store(at + 4 * plane, (before[4] + p4 * (e4 - mean) * factor).to(at.dtype.element_ty), inside)
-            tl.store(at + 5 * plane, (before[5] + p5 * (e5 - mean) * factor).to(at.dtype.element_ty), inside)
+            tl.store(at, (b0 + p0 * factor * (d0 + c1)).to(at.dtype.element_ty), inside)
+            tl.store(at + plane, (b1 + p1 * factor * (d0 + c2)).to(at.dtype.element_ty), inside)
+            tl.store(at + 2 * plane, (b2 + p2 * factor * (d0 + c3)).to(at.dtype.element_ty), inside)
+            tl.store(at + 3 * plane, (b3 + p3 * factor * (d1 + c2)).to(at.dtype.element_ty), inside)
+            tl.store(at + 4 * plane, (b4 + p4 * factor * (d1 + c3)).to(at.dtype.element_ty), inside)
+            tl.store(at + 5 * plane, (b5 + p5 * factor * (d2 + c3)).to(at.dtype.element_ty), inside)
     if ALIGNED:
         tl.store(d_tile_ptr + strip * tl.num_programs(0) + column, tl.sum(d_tile))
 
