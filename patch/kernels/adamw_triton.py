@@ -11,7 +11,18 @@ import triton.language as tl
 from torch import Tensor
 
 from patch.kernels.adamw import BLOCK, LEVELS, SMALLEST_SCALE, STREAM
-from patch.kernels.triton_functions import exp2, log2, philox, reciprocal
+from patch.kernels.triton_functions import (
+    bytes_to_float,
+    copy_sign,
+    exp2,
+    float_to_bytes,
+    log2,
+    philox,
+    reciprocal,
+    share_of_byte,
+    square_root,
+    whole_part,
+)
 
 WARPS = 2
 
@@ -28,25 +39,26 @@ def _eighth_power(x):
 
 @triton.jit
 def _decode(codes_ptr, scales_ptr, at, inside, block, entries, LEVELS: tl.constexpr):
-    codes = tl.load(codes_ptr + at, inside, 0).to(tl.float32)
+    codes = bytes_to_float(tl.load(codes_ptr + at, inside, 0))
     unit = tl.load(scales_ptr + block, block * _BLOCK < entries, 0) * (1 / LEVELS**8)
-    magnitude = _eighth_power(codes) * unit
-    return tl.where(codes < 0, -magnitude, magnitude)
+    return copy_sign(_eighth_power(codes) * unit, codes)
 
 
 @triton.jit
 def _encode(
     values, noise, codes_ptr, scales_ptr, at, inside, block, entries, LEVELS: tl.constexpr, SIGNED: tl.constexpr
 ):
-    magnitude = tl.where(inside, tl.abs(values), 0)
-    scale = tl.maximum(tl.max(magnitude), _SMALLEST_SCALE)
-    power = magnitude * (LEVELS**8 / scale)
-    lower = tl.floor(exp2(log2(power) * 0.125))
+    magnitude = tl.abs(values)
+    # in the order of integers, which a warp compares by one instruction
+    largest = tl.max(magnitude.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    scale = tl.maximum(largest, _SMALLEST_SCALE)
+    power = magnitude * (LEVELS**8 * reciprocal(scale))
+    lower = whole_part(exp2(log2(power) * 0.125))
     below, above = _eighth_power(lower), _eighth_power(lower + 1)
-    up = (noise.to(tl.float32) + 0.5) * (1 / 256) * (above - below) < power - below
-    codes = tl.minimum(lower + up.to(tl.float32), LEVELS)
-    codes = tl.where(values < 0, -codes, codes) if SIGNED else tl.maximum(codes, (magnitude > 0).to(tl.float32))
-    tl.store(codes_ptr + at, codes.to(codes_ptr.dtype.element_ty), inside)
+    codes = tl.where(below + noise * (above - below) < power, lower + 1, lower)
+    codes = tl.minimum(codes, LEVELS)
+    codes = copy_sign(codes, values) if SIGNED else tl.maximum(codes, (magnitude > 0).to(tl.float32))
+    tl.store(codes_ptr + at, float_to_bytes(codes, SIGNED), inside)
     tl.store(scales_ptr + block, scale, block * _BLOCK < entries)
 
 
@@ -74,6 +86,7 @@ def _update(
     v_share,
     eps,
     STOCHASTIC: tl.constexpr,
+    EVEN: tl.constexpr,  # entries are a multiple of 4 * _BLOCK
 ):
     row, lane = tl.program_id(0), tl.arange(0, _BLOCK)
     step_size = tl.load(coefficients_ptr).to(tl.float32)
@@ -91,7 +104,7 @@ def _update(
     for quarter in tl.static_range(4):
         block = row.to(tl.int64) * 4 + quarter
         at = block * _BLOCK + lane
-        inside = at < entries
+        inside = tl.full([_BLOCK], True, tl.int1) if EVEN else at < entries
         noise = words[quarter]
         p = tl.load(parameter_ptr + at, inside, 0).to(tl.float32)
         g = tl.load(gradient_ptr + at, inside, 0).to(tl.float32) * scale
@@ -104,13 +117,13 @@ def _update(
             v = v * v
         m += m_share * (g - m)
         v = v_keep * v + v_share * g * g
-        root = tl.sqrt(v)
+        root = square_root(v)
         if m_scale_ptr is None:
             tl.store(m_ptr + at, m, inside)
             tl.store(v_ptr + at, v, inside)
         else:
-            _encode(m, noise >> 16 & 0xFF, m_ptr, m_scale_ptr, at, inside, block, entries, _LEVELS_SIGNED, True)
-            _encode(root, noise >> 24, v_ptr, v_scale_ptr, at, inside, block, entries, _LEVELS_UNSIGNED, False)
+            _encode(m, share_of_byte(noise, 2), m_ptr, m_scale_ptr, at, inside, block, entries, _LEVELS_SIGNED, True)
+            _encode(root, share_of_byte(noise, 3), v_ptr, v_scale_ptr, at, inside, block, entries, _LEVELS_UNSIGNED, False)
         p = p * decay - step_size * m * reciprocal(root * root_correction + eps)
         if STOCHASTIC:
             p = _round_stochastically(p, noise & 0xFFFF)
@@ -150,5 +163,6 @@ def update_(
         1 - betas[1],
         eps,
         STOCHASTIC=stochastic_rounding,
+        EVEN=entries % (4 * BLOCK) == 0,
         num_warps=WARPS,
     )
