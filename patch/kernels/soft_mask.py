@@ -129,6 +129,7 @@ class Call(NamedTuple):
     layer: int
     hard: bool
     gradient: Tensor | None
+    gradient_squares: Tensor | None
 
 
 def effective_weight(
@@ -141,6 +142,7 @@ def effective_weight(
     *,
     hard: bool = False,
     gradient: Tensor | None = None,
+    gradient_squares: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """W * M and sum((W * M)^2) under a freshly sampled mask; differentiable in `patterns` and `tile_sample`.
 
@@ -153,12 +155,16 @@ def effective_weight(
     hard: take the most probable pattern alone, and the gradient of the mixture (straight-through).
     gradient: buffer shaped like the logits, float32 or bfloat16, that the backward pass writes, or adds to where
         `sampling.accumulate`; autograd then gets none for the logits. Adding in bfloat16 rounds to nearest.
+    gradient_squares: float32 scalar that the backward pass fills with the sum of squares of what goes into `gradient`,
+        before it is rounded.
 
     Returns the effective weight in the dtype of `weight`, and a float32 scalar tensor.
     Raises PatchError where shapes or dtypes do not fit.
     """
     _check(weight, patterns, tile_sample, tile, gradient)
-    return _EffectiveWeight.apply(weight, patterns, tile_sample, Call(tile, sampling, layer, hard, gradient))
+    return _EffectiveWeight.apply(
+        weight, patterns, tile_sample, Call(tile, sampling, layer, hard, gradient, gradient_squares)
+    )
 
 
 def reference(
@@ -242,6 +248,8 @@ def backward(
     d_logits = call.gradient
     if d_logits is None and patterns.is_floating_point():
         d_logits = torch.empty_like(patterns)
+    if call.gradient_squares is not None:
+        call.gradient_squares.zero_()
     d_tile_rows = []
     for block in _blocks(weight, patterns, tile_sample, call):
         d_mask = _mask_gradient(block, weight[block.rows], d_effective[block.rows], d_square_sum)
@@ -252,6 +260,8 @@ def backward(
             update = _softmax_gradient(d_mask, block.probabilities).mul_(slope)
             if call.gradient is not None and call.sampling.accumulate:
                 update += d_logits[:, block.rows]
+            if call.gradient_squares is not None:
+                call.gradient_squares.add_(update.square().sum())
             d_logits[:, block.rows] = update
     d_tiles = tile_sums(torch.cat(d_tile_rows), (call.tile[0], 1)) if d_tile_rows else None
     return d_logits if call.gradient is None else None, d_tiles

@@ -6,7 +6,7 @@ owns whole groups and 16 bytes of bfloat16 weights, so that nothing moves betwee
 `steps` such blocks, loading ahead. Special functions are the GPU's approximations. The noise is `philox.spacings`, whose
 logarithm is that of an exponential but for a shift that the six of a group share: one logarithm instead of two.
 
-Sums are deterministic. That of (W * M)^2 is finished by the last program to arrive, in a fixed order. A program stays
+Sums are deterministic. Those of squares are finished by the last program to arrive, in a fixed order. A program stays
 inside one tile where the tile size allows it, and the sums of the tiles are then one small reduction; other tile sizes
 go through a buffer with one entry per group.
 """
@@ -249,6 +249,9 @@ def _backward(
     d_square_sum_ptr,  # float32 [] or None
     d_logits_ptr,  # float [6, out, groups] or None
     d_tile_ptr,  # float32 [strips, columns] if ALIGNED, else [out, groups]
+    square_sum_ptr,  # float32 [] or None: of d_logits
+    partial_ptr,  # as in _forward
+    arrivals_ptr,
     reals_ptr,
     integers_ptr,
     seed,
@@ -278,6 +281,7 @@ def _backward(
     twice = 2 * tl.load(d_square_sum_ptr) if d_square_sum_ptr is not None else 0.0
     tile_share = _tile_of_program(tile_ptr, tile_columns, steps, HEIGHT, WIDTH) if ALIGNED else 0.0
     d_tile = tl.zeros([_ROWS, _GROUPS], tl.float32)
+    squares = tl.zeros([_ROWS, _GROUPS], tl.float32)
     for step in tl.range(steps, num_stages=STAGES):
         rows = (strip * steps + step) * _ROWS + tl.arange(0, _ROWS)
         offsets = rows[:, None] * groups + group[None, :]
@@ -326,14 +330,21 @@ def _backward(
             factor = slope * (1 - t) * inverse
             c1, c2, c3 = d1 - mean, d2 - mean, d3 - mean
             at = d_logits_ptr + offsets
-            tl.store(at, (b0 + p0 * factor * (d0 + c1)).to(at.dtype.element_ty), inside)
-            tl.store(at + plane, (b1 + p1 * factor * (d0 + c2)).to(at.dtype.element_ty), inside)
-            tl.store(at + 2 * plane, (b2 + p2 * factor * (d0 + c3)).to(at.dtype.element_ty), inside)
-            tl.store(at + 3 * plane, (b3 + p3 * factor * (d1 + c2)).to(at.dtype.element_ty), inside)
-            tl.store(at + 4 * plane, (b4 + p4 * factor * (d1 + c3)).to(at.dtype.element_ty), inside)
-            tl.store(at + 5 * plane, (b5 + p5 * factor * (d2 + c3)).to(at.dtype.element_ty), inside)
+            x0, x1 = b0 + p0 * factor * (d0 + c1), b1 + p1 * factor * (d0 + c2)
+            x2, x3 = b2 + p2 * factor * (d0 + c3), b3 + p3 * factor * (d1 + c2)
+            x4, x5 = b4 + p4 * factor * (d1 + c3), b5 + p5 * factor * (d2 + c3)
+            tl.store(at, x0.to(at.dtype.element_ty), inside)
+            tl.store(at + plane, x1.to(at.dtype.element_ty), inside)
+            tl.store(at + 2 * plane, x2.to(at.dtype.element_ty), inside)
+            tl.store(at + 3 * plane, x3.to(at.dtype.element_ty), inside)
+            tl.store(at + 4 * plane, x4.to(at.dtype.element_ty), inside)
+            tl.store(at + 5 * plane, x5.to(at.dtype.element_ty), inside)
+            if square_sum_ptr is not None:
+                squares += x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3 + x4 * x4 + x5 * x5
     if ALIGNED:
         tl.store(d_tile_ptr + strip * tl.num_programs(0) + column, tl.sum(d_tile))
+    if square_sum_ptr is not None:
+        _finish_sum(tl.sum(squares), square_sum_ptr, partial_ptr, arrivals_ptr)
 
 
 class _Plan(NamedTuple):
@@ -408,6 +419,9 @@ def backward(
     if tile_sample is not None:
         parts = (plan.strips, plan.columns) if plan.aligned else (weight.shape[0], weight.shape[1] // 4)
         d_tile = torch.empty(parts, dtype=torch.float32, device=weight.device)
+    partial = None
+    if call.gradient_squares is not None:
+        partial = weight.new_empty(plan.columns * plan.strips, dtype=torch.float32)
     _backward[plan.columns, plan.strips](
         patterns.contiguous(),
         weight.contiguous(),
@@ -416,6 +430,9 @@ def backward(
         d_square_sum,
         d_logits,
         d_tile,
+        call.gradient_squares,
+        partial,
+        call.sampling.arrivals,
         **_common(weight, patterns, tile_sample, call, plan),
         BUFFER=call.gradient is not None,
     )

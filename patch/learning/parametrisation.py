@@ -103,6 +103,7 @@ class MaskedBlock(nn.Module):
                 linear.index,
                 hard=hard,
                 gradient=self._gradient_of(linear),
+                gradient_squares=self._masks[0].gradient_squares.get(linear.index),
             )
             for number, linear in enumerate(self.linears)
         ]
@@ -163,6 +164,8 @@ class LearnableMasks:
         """float32 [linears] of every block, filled by the forward pass."""
         self.gradients: dict[MaskedBlock, Tensor] = {}
         """Flat buffers that the kernels add the 2:4 logits' gradients to."""
+        self.gradient_squares: dict[int, Tensor] = {}
+        """float32 scalars by number of the linear: sum of squares of its part of a buffer, after every backward pass."""
         self.call = run_block
         """How a block computes with given weights; replaced by a compiled version on GPUs."""
         self._tile_samples: dict[MaskedBlock, list[Tensor | None]] = {}
@@ -203,6 +206,9 @@ class LearnableMasks:
         for block in self.blocks:
             if block.pattern_logits is not None:
                 self.gradients[block] = torch.zeros_like(block.pattern_logits, dtype=dtype)
+        if self.learns_patterns:
+            squares = torch.zeros(len(self.linears), device=self.device)
+            self.gradient_squares = {linear.index: squares[linear.index] for linear in self.linears}
 
     def remove(self) -> None:
         """Put the model's own blocks back."""

@@ -45,12 +45,15 @@ def test_every_seed_draws_the_bits_of_the_plain_generator(seed):
 def test_gradients_go_into_a_buffer_or_are_added_to_it(dtype):
     case, sampling = Case.random((40, 200), (16, 128), device="cuda"), make_sampling("cuda")
     wanted = case.run(sampling)["d_logits"]
-    buffer = torch.full_like(case.patterns, float("nan"), dtype=dtype)
-    assert case.run(sampling, buffer)["d_logits"] is None
+    buffer, squares = torch.full_like(case.patterns, float("nan"), dtype=dtype), torch.zeros((), device="cuda")
+    assert case.run(sampling, buffer, squares)["d_logits"] is None
     torch.testing.assert_close(buffer.cpu(), wanted.to(dtype))
+    torch.testing.assert_close(squares.cpu(), wanted.square().sum())
     set_sharpness(sampling, accumulate=True)
-    case.run(sampling, buffer)
-    torch.testing.assert_close(buffer.cpu().float(), (wanted.to(dtype).float() + wanted).to(dtype).float())
+    case.run(sampling, buffer, squares)
+    total = wanted.to(dtype).float() + wanted
+    torch.testing.assert_close(buffer.cpu().float(), total.to(dtype).float())
+    torch.testing.assert_close(squares.cpu(), total.square().sum())
 
 
 def test_results_are_the_same_bit_for_bit_every_time():

@@ -98,12 +98,15 @@ def test_results_do_not_depend_on_the_size_of_a_block_nor_on_threads(monkeypatch
 def test_gradients_go_into_a_buffer_or_are_added_to_it(dtype):
     case, sampling = Case.random((40, 64), (16, 32)), make_sampling()
     wanted = case.run(sampling)["d_logits"]
-    buffer = torch.full_like(case.patterns, 3.0, dtype=dtype)
-    assert case.run(sampling, buffer)["d_logits"] is None
+    buffer, squares = torch.full_like(case.patterns, 3.0, dtype=dtype), torch.tensor(3.0)
+    assert case.run(sampling, buffer, squares)["d_logits"] is None
     torch.testing.assert_close(buffer, wanted.to(dtype))
+    torch.testing.assert_close(squares, wanted.square().sum())
     sampling.set(7, accumulate=True, **SHARPNESS)
-    case.run(sampling, buffer)
-    torch.testing.assert_close(buffer.float(), (wanted.to(dtype).float() + wanted).to(dtype).float())
+    case.run(sampling, buffer, squares)
+    total = wanted.to(dtype).float() + wanted
+    torch.testing.assert_close(buffer.float(), total.to(dtype).float())
+    torch.testing.assert_close(squares, total.square().sum())
 
 
 def test_the_sum_of_squares_alone_can_be_differentiated():
