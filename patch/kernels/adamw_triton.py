@@ -122,8 +122,9 @@ def _update(
             tl.store(m_ptr + at, m, inside)
             tl.store(v_ptr + at, v, inside)
         else:
-            _encode(m, share_of_byte(noise, 2), m_ptr, m_scale_ptr, at, inside, block, entries, _LEVELS_SIGNED, True)
-            _encode(root, share_of_byte(noise, 3), v_ptr, v_scale_ptr, at, inside, block, entries, _LEVELS_UNSIGNED, False)
+            for_m, for_v = share_of_byte(noise, 2), share_of_byte(noise, 3)
+            _encode(m, for_m, m_ptr, m_scale_ptr, at, inside, block, entries, _LEVELS_SIGNED, True)
+            _encode(root, for_v, v_ptr, v_scale_ptr, at, inside, block, entries, _LEVELS_UNSIGNED, False)
         p = p * decay - step_size * m * reciprocal(root * root_correction + eps)
         if STOCHASTIC:
             p = _round_stochastically(p, noise & 0xFFFF)

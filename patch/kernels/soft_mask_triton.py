@@ -3,8 +3,8 @@
 Both work at the speed of memory: they read logits and weights once, write the effective weights or the gradients, and
 draw the noise anew from counters. A program covers ROWS x 4 * GROUPS weights at a time, a shape in which every thread
 owns whole groups and 16 bytes of bfloat16 weights, so that nothing moves between threads; it goes down its column for
-`steps` such blocks, loading ahead. Special functions are the GPU's approximations. The noise is `philox.spacings`, whose
-logarithm is that of an exponential but for a shift that the six of a group share: one logarithm instead of two.
+`steps` such blocks, loading ahead. Special functions are the GPU's approximations. The noise is `philox.spacings`: up
+to a shift that the six of a group share, their logarithm is that of exponentials, which would take a second one.
 
 Sums are deterministic. Those of squares are finished by the last program to arrive, in a fixed order. A program stays
 inside one tile where the tile size allows it, and the sums of the tiles are then one small reduction; other tile sizes

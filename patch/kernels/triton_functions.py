@@ -64,14 +64,12 @@ def reciprocal(x):
 @triton.jit
 def square_root(x):
     """Approximate: largest relative error 2**-22; numbers too small to be normal count as 0."""
-    return tl.inline_asm_elementwise(
-        "sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
+    return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def whole_part(x):
-    """floor(x) for x in [0, 2**22]. Like the two below by additions: conversions run at a fraction of their speed."""
+    """floor(x) for x in [0, 2**22]. By additions, as the conversions of bytes: real ones run at a fraction of their speed."""
     return tl.inline_asm_elementwise(
         "{ .reg .f32 sum; add.rm.f32 sum, $1, 0f4B000000; sub.f32 $0, sum, 0f4B000000; }",
         "=f,f",
@@ -96,6 +94,11 @@ def _packing(shift: int) -> str:
 
 
 _UNPACK_SIGNED, _UNPACK_UNSIGNED = tl.constexpr(_unpacking(128)), tl.constexpr(_unpacking(0))
+_SHARE_OF_BYTE_2, _SHARE_OF_BYTE_3 = (
+    # times 2**-8, less 2**15 - 2**-9
+    tl.constexpr(f"prmt.b32 $0, $1, 0x4B000000, 0x744{i}; fma.rn.f32 $0, $0, 0f3B800000, 0fC6FFFFFF;")
+    for i in (2, 3)
+)
 _PACK_SIGNED, _PACK_UNSIGNED = tl.constexpr(_packing(128)), tl.constexpr(_packing(0))
 
 
@@ -122,14 +125,13 @@ def float_to_bytes(x, SIGNED: tl.constexpr):
 @triton.jit
 def share_of_byte(word, BYTE: tl.constexpr):
     """(b + 1/2) / 256 for byte 2 or 3 of a 32-bit word."""
-    if BYTE == 2:
-        asm: tl.constexpr = "prmt.b32 $0, $1, 0x4B000000, 0x7442; fma.rn.f32 $0, $0, 0f3B800000, 0fC6FFFFFF;"
-    else:
-        asm: tl.constexpr = "prmt.b32 $0, $1, 0x4B000000, 0x7443; fma.rn.f32 $0, $0, 0f3B800000, 0fC6FFFFFF;"
+    asm: tl.constexpr = _SHARE_OF_BYTE_2 if BYTE == 2 else _SHARE_OF_BYTE_3
     return tl.inline_asm_elementwise(asm, "=f,r", [word], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def copy_sign(x, y):
     """|x| with the sign of y."""
-    return tl.inline_asm_elementwise("copysign.f32 $0, $2, $1;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.inline_asm_elementwise(
+        "copysign.f32 $0, $2, $1;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+    )

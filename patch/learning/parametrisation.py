@@ -165,7 +165,7 @@ class LearnableMasks:
         self.gradients: dict[MaskedBlock, Tensor] = {}
         """Flat buffers that the kernels add the 2:4 logits' gradients to."""
         self.gradient_squares: dict[int, Tensor] = {}
-        """float32 scalars by number of the linear: sum of squares of its part of a buffer, after every backward pass."""
+        """float32 scalars by number of the linear: sum of squares of its gradient, filled by every backward pass."""
         self.call = run_block
         """How a block computes with given weights; replaced by a compiled version on GPUs."""
         self._tile_samples: dict[MaskedBlock, list[Tensor | None]] = {}

@@ -259,9 +259,9 @@ class Trainer(Loop):
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         """Norm of all gradients together, over all processes."""
         if not self.sharded and distributed.world_size() == 1 and self.masks.gradient_squares:
-            squares = [*self.masks.gradient_squares.values()]  # of the kernels: they have seen every gradient
-            squares += [torch.linalg.vector_norm(tiles) ** 2 for tiles in self._tile_gradient()]
-            return torch.stack(squares).sum().sqrt()
+            parts = [*self.masks.gradient_squares.values()]  # by the kernels, while they had the gradients at hand
+            parts += [gradient_norm([tiles]) ** 2 for tiles in self._tile_gradient()]
+            return torch.stack(parts).sum().sqrt()
         if not self.sharded:
             return gradient_norm(gradients)
         whole = self._tile_gradient()
