@@ -21,7 +21,7 @@ from patch.hub import hub_access
 from patch.records import Metric
 
 if TYPE_CHECKING:
-    from lm_eval.models.huggingface import HFLM
+    from patch.evaluation.harness import CausalScorer
 
 METRICS = ("acc", "acc_norm")
 # Folders of the paper's tasks; indexing all of the harness's tasks would take a quarter of a minute.
@@ -68,15 +68,11 @@ class TaskLibrary:
             self.manager.load_task_or_group([name])
 
 
-def harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1) -> HFLM:
-    """The model as lm-evaluation-harness sees it, without progress bars, which fill log files."""
-    from lm_eval.models.huggingface import HFLM
+def harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1) -> CausalScorer:
+    """The model as lm-evaluation-harness sees it."""
+    from patch.evaluation.harness import CausalScorer
 
-    class Quiet(HFLM):
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-    return Quiet(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    return CausalScorer(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def zero_shot(

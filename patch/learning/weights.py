@@ -22,11 +22,12 @@ from transformers import PreTrainedModel
 
 from patch.artefacts import PatchError
 from patch.data import PADDING, TokenSet
+from patch.kernels.proximal import proximal_, two_of_four
 from patch.learning import distributed
+from patch.learning.graphs import Replayed
 from patch.learning.loop import LearnedMasks, Loop, Row, check_training, gradient_norm, out_of_memory
 from patch.learning.memory import weights_memory_estimate
 from patch.learning.optimizers import apply, make_optimizer
-from patch.learning.proximal import proximal_, two_of_four
 from patch.learning.readback import Readback
 from patch.learning.schedules import Schedule
 from patch.methods import FineTune, ProxSparse, TrainedWeights
@@ -128,6 +129,10 @@ class WeightTrainer(Loop):
         self.optimizer = make_optimizer(
             self.method, self.leaves, stochastic_rounding=self.method.rounding == "stochastic"
         )
+        # Packed text always has the same shape; of documents, what is not padding differs from one to the next.
+        self._whole = not bool((self.sequences.ids == PADDING).any())
+        self._batch = torch.zeros(self.method.micro_batch_size, self.length, dtype=torch.int64, device=self.device)
+        self._micro_batch = Replayed(self._forward_backward, capture=self._whole and self.device.type == "cuda")
         self._sums: list[Tensor] = []
         if halves and self.micro_batches > 1 and self.method.gradient_dtype == "float32":
             self._sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
@@ -135,16 +140,17 @@ class WeightTrainer(Loop):
 
     def update(self, step: int) -> Row:
         cross_entropy, tokens = torch.zeros(1, device=self.device), 0
-        for parameter in self.trained.values():
-            parameter.grad = None
+        self._clear()
         for total in self._sums:
             total.zero_()
         for micro in range(self.micro_batches):
-            ids = _without_padding(self.ids_of(step, micro * distributed.world_size() + distributed.rank()))
+            ids = self.ids_of(step, micro * distributed.world_size() + distributed.rank())
             tokens += int((ids != PADDING).sum()) * distributed.world_size()
-            loss = self.loss(ids.to(self.device).long()) / self.micro_batches
-            loss.backward()
-            cross_entropy += loss.detach()
+            if self._whole:
+                self._batch.copy_(ids, non_blocking=True)
+            else:
+                self._batch = _without_padding(ids).to(self.device).long()
+            cross_entropy += self._micro_batch()
             self._accumulate()
         gradients = self._gradients()
         distributed.average_([*gradients, cross_entropy])
@@ -169,12 +175,26 @@ class WeightTrainer(Loop):
             **dict(zip(shares, numbers[3:], strict=True)),
         }
 
+    def _forward_backward(self) -> Tensor:
+        """One micro-batch; returns its part of the cross-entropy, [1]."""
+        loss = self.loss(self._batch) / self.micro_batches
+        loss.backward()
+        return loss.detach().view(1)
+
     def _accumulate(self) -> None:
         """Add the micro-batch's gradients to the float32 sums, where there are any."""
-        for parameter, total in zip(self.trained.values(), self._sums, strict=False):
+        if not self._sums:
+            return
+        for parameter, total in zip(self.trained.values(), self._sums, strict=True):
             if parameter.grad is not None:
                 total.add_(parameter.grad)
-                parameter.grad = None
+        self._clear()
+
+    def _clear(self) -> None:
+        """Gradients stay where they are: a CUDA graph adds to them there."""
+        gradients = [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
+        if gradients:
+            torch._foreach_zero_(gradients)
 
     def _gradients(self) -> list[Tensor]:
         """Of all leaves, in a precision that the optimiser takes."""

@@ -1,6 +1,4 @@
-"""Compression on a GPU: the numbers of the CPU, and a large layer in seconds."""
-
-import time
+"""Compression on a GPU gives the numbers of the CPU."""
 
 import pytest
 import torch
@@ -47,14 +45,3 @@ def test_adapters_make_up_for_as_much_as_on_the_cpu(sparsity: str) -> None:
         dense = made.weight.dense(torch.float32) + made.right.dense(torch.float32).T @ made.left.dense(torch.float32)
         errors.append(((weight.cpu().float() - dense) * norms.cpu()).norm().item())
     assert errors[0] == pytest.approx(errors[1], rel=2e-3)
-
-
-def test_the_largest_layer_of_a_7b_model_takes_seconds() -> None:
-    weight, mask, norms = layer(11008, 4096)
-    options = Compression(adapter_rank=0.1)
-    compress_weight(weight[:512, :512].contiguous(), LinearMask.dense((512, 512)), norms[:512], options)  # start CUDA
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    compress_weight(weight, mask, norms, options)
-    torch.cuda.synchronize()
-    assert time.perf_counter() - started < 20

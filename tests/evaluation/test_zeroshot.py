@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lm_eval.models.huggingface import HFLM
 
 from patch import embedded
 from patch.artefacts import PatchError
 from patch.evaluation import evaluate_model, suite
-from patch.evaluation.zeroshot import TaskLibrary, zero_shot
+from patch.evaluation.zeroshot import TaskLibrary, harness_model, zero_shot
 from patch.experiments import Tasks
 
 QUESTIONS = [
@@ -44,6 +45,10 @@ def questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "task_directory", lambda: tmp_path / "tasks")
 
 
+def random_tokens(count: int) -> list[int]:
+    return torch.randint(3, 200, (count,), generator=torch.Generator().manual_seed(count)).tolist()
+
+
 def naive_choice(model, tokenizer, question: str, choices: list[str]) -> int:
     """The choice with the highest log-probability after the question."""
     scores = []
@@ -68,6 +73,34 @@ def test_accuracy_is_the_share_of_most_likely_right_answers(questions, tiny_mode
     assert [item["value"] for item in result.items if item["metric"] == "acc"] == right
     assert result.protocol["version"] == 7
     assert result.protocol["questions"] == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_are_those_of_the_harness(tiny_model, tokenizer, dtype) -> None:
+    """Short and long answers, the same input for several, one that is too long, and what greedy decoding gives."""
+    model = tiny_model(vocab_size=max(256, len(tokenizer)), max_position_embeddings=64).to(dtype)
+    shared, long = random_tokens(9), random_tokens(90)
+    greedy = int(model(torch.tensor([shared])).logits[0, -1].argmax())
+    pairs = [(random_tokens(1 + i), random_tokens(1 + i % 5)) for i in range(17)]
+    pairs += [(shared, [greedy]), (shared, [4]), (long, random_tokens(3)), (shared, random_tokens(6))]
+    requests = [(("", ""), context, answer) for context, answer in pairs]
+    expected = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)._loglikelihood_tokens(requests, True)
+    found = harness_model(model, tokenizer, 4)._loglikelihood_tokens(requests)
+    assert [hit for _, hit in found] == [hit for _, hit in expected]
+    assert any(hit for _, hit in found)
+    # batches are not put together alike, so that padding and with it rounding differs
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=tolerance)
+
+
+def test_one_input_serves_answers_of_several_lengths(tiny_model, tokenizer) -> None:
+    """The harness (0.4.13) takes the probabilities of the longest one's first tokens for all of them."""
+    model, tokens = tiny_model(vocab_size=max(256, len(tokenizer))), random_tokens(10)
+    log_probabilities = torch.log_softmax(model(torch.tensor([tokens[:-1]])).logits[0].double(), -1)
+    each = log_probabilities.gather(1, torch.tensor(tokens[1:])[:, None]).squeeze(1)
+    requests = [(("", ""), tokens[:-length], tokens[-length:]) for length in (1, 3, 2)]
+    found = harness_model(model, tokenizer, 4)._loglikelihood_tokens(requests)
+    assert [score for score, _ in found] == pytest.approx([float(each[-n:].sum()) for n in (1, 3, 2)], rel=1e-5)
 
 
 def test_limit_asks_only_the_first_questions(questions, tiny_model, tokenizer) -> None:

@@ -7,6 +7,7 @@ import torch
 from layer_cases import LAYER, SHAPES, SHARPNESS, Case, assert_agree, make_sampling
 
 from patch.kernels.adamw import FusedAdamW
+from patch.kernels.proximal import proximal_
 from patch.kernels.soft_mask import Sampling, effective_weight
 
 pytestmark = pytest.mark.gpu
@@ -129,3 +130,17 @@ def test_adamw_makes_the_steps_that_it_makes_on_the_cpu(state_bits, dtype, gradi
     # A draw that falls between two values which differ in their last bits rounds to one level or the next.
     assert (apart > 1e-6 * size_of + 1e-7).float().mean() <= (0.0 if exact else 0.01)
     assert (apart <= 8 * torch.finfo(dtype).eps * size_of + (1e-2 if state_bits == 8 else 1e-7)).all()
+
+
+@pytest.mark.parametrize("strength", [0.05, 0.85, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_proximal_operator_finds_what_it_finds_on_the_cpu(dtype, strength):
+    weight = torch.randn(97, 516, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected, found = weight.clone(), weight.cuda()
+    proximal_(expected, strength)
+    proximal_(found, strength)
+    # Where two minima are equally good, rounding may decide for the other one.
+    same = ((found.cpu() == 0) == (expected == 0)).view(-1, 4).all(1)
+    assert same.float().mean() > 0.9999
+    rounding = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    torch.testing.assert_close(found.cpu().view(-1, 4)[same], expected.view(-1, 4)[same], rtol=rounding, atol=2e-5)

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from patch.artefacts import PatchError
 from patch.cli import app
 from patch.data import PADDING, TokenSet
+from patch.kernels.proximal import proximal_
 from patch.learning.loop import LearnedMasks
 from patch.learning.objective import NextTokenLoss
-from patch.learning.proximal import proximal_
 from patch.learning.weights import anchor, train_weights
 from patch.methods import FineTune, Magnitude, ProxSparse, TrainedWeights
 from patch.models import prunable_linears

@@ -13,23 +13,25 @@ converges, from w = 0 and the smallest first. The best of the three is the globa
 The public implementation (amazon-science/ProxSparse `prox_op.py`) stops after 100 sweeps or when a whole matrix hardly
 moves any more, and computes in the precision of the weights. Here every group iterates until it stands still itself,
 in float32 at least; most are done after eight sweeps.
+
+On a GPU `proximal_triton` does the same in one kernel, with the groups in registers.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-GROUPS_PER_CHUNK = {"cpu": 2**15, "cuda": 2**23}
-"""Groups whose intermediate values exist at a time: about 150 bytes each."""
+from patch.kernels import runs_triton
+
+GROUPS_PER_CHUNK = 2**15
+"""Groups whose intermediate values exist at a time: about 150 bytes each, 5 MB."""
 SWEEPS = 8
 """Between two looks at which groups still move."""
 MAXIMUM_SWEEPS = 4000
 """Nothing in float32 moves after so many."""
+RESOLUTION = 4
+"""A group stands still when no weight moves by more than so many units in the last place of its largest one."""
 _NETWORK = ((0, 1), (2, 3), (0, 2), (1, 3), (1, 2))
 """Compare and exchange these: four numbers are sorted."""
 
@@ -42,9 +44,13 @@ def proximal_(weight: Tensor, strength: float) -> None:
     """
     if strength == 0:
         return
-    start = _compiled_start() if weight.is_cuda else _start
-    for groups in weight.view(-1, 4).split(GROUPS_PER_CHUNK.get(weight.device.type, 2**15)):
-        groups.copy_(_solved(groups, strength, start))
+    if runs_triton(weight) and weight.dtype != torch.float64:
+        from patch.kernels.proximal_triton import solve_
+
+        solve_(weight, strength)
+        return
+    for groups in weight.view(-1, 4).split(GROUPS_PER_CHUNK):
+        groups.copy_(_solved(groups, strength))
 
 
 def two_of_four(weight: Tensor) -> Tensor:
@@ -52,10 +58,16 @@ def two_of_four(weight: Tensor) -> Tensor:
     return (weight.view(-1, 4).count_nonzero(dim=1) <= 2).sum()
 
 
-def _solved(groups: Tensor, strength: float, start: Callable[[Tensor, float], tuple[Tensor, ...]]) -> Tensor:
+def _solved(groups: Tensor, strength: float) -> Tensor:
     """The operator on groups [n, 4]; float32, or float64 where `groups` is."""
-    z, swaps, w, before = start(groups, strength)
-    _converge(z, w, before)
+    # times strength, the problem has none; z is [4, n], magnitudes in descending order
+    z = (groups.to(torch.promote_types(groups.dtype, torch.float32)).abs() * strength).T.contiguous()
+    swaps = []
+    for a, b in _NETWORK:
+        swaps.append(z[b] > z[a])
+        z[a], z[b] = torch.maximum(z[a], z[b]), torch.minimum(z[a], z[b])
+    w = torch.zeros_like(z)
+    _converge(z, w)
     # On the box between 0 and z every row of the Hessian has off-diagonal entries of at most this sum; up to 1 the
     # objective is convex there, and the point that was found the only minimum.
     hard = 2 * (z[0] + z[1] + z[2]) > 1
@@ -68,28 +80,6 @@ def _solved(groups: Tensor, strength: float, start: Callable[[Tensor, float], tu
     return torch.where(kept, groups, w.div_(strength).T.copysign_(groups))
 
 
-def _start(groups: Tensor, strength: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scale, sort, and the first sweeps; elementwise over groups, so that a GPU does it in one kernel.
-
-    Times strength, the problem has none. Returns magnitudes z [4, n] in descending order, which exchanges of the
-    network took place [5, n], and w [4, n] after the last sweep and the one before.
-    """
-    z = list((groups.to(torch.promote_types(groups.dtype, torch.float32)).abs() * strength).unbind(1))
-    swaps = []
-    for a, b in _NETWORK:
-        swaps.append(z[b] > z[a])
-        z[a], z[b] = torch.maximum(z[a], z[b]), torch.minimum(z[a], z[b])
-    w = before = [torch.zeros_like(value) for value in z]
-    for _ in range(SWEEPS):
-        before, w = w, _sweep(z, w)
-    return torch.stack(z), torch.stack(swaps), torch.stack(w), torch.stack(before)
-
-
-@functools.cache
-def _compiled_start() -> Any:
-    return torch.compile(_start, dynamic=True)
-
-
 def _sweep(z: list[Tensor], w: list[Tensor]) -> list[Tensor]:
     """Minimise over w3, w2, w1, w0 in turn, each exactly: the objective is a parabola in one of them."""
     w0, w1, w2, _ = w
@@ -100,10 +90,10 @@ def _sweep(z: list[Tensor], w: list[Tensor]) -> list[Tensor]:
     return [w0, w1, w2, w3]
 
 
-def _converge(z: Tensor, w: Tensor, before: Tensor) -> None:
-    """Sweep on in place until no group moves by more than four units in the last place of its largest weight."""
-    tolerance = 4 * torch.finfo(z.dtype).eps * z[0]
-    moving = ((w - before).abs().amax(0) > tolerance).nonzero().squeeze(1)
+def _converge(z: Tensor, w: Tensor) -> None:
+    """Sweep in place, from `w` on, until every group stands still; z, w: [4, n]."""
+    tolerance = RESOLUTION * torch.finfo(z.dtype).eps * z[0]
+    moving = torch.arange(z.shape[1], device=z.device)
     for _ in range(0, MAXIMUM_SWEEPS, SWEEPS):
         if len(moving) == 0:
             return
@@ -120,7 +110,7 @@ def _best(z: Tensor, four: Tensor) -> Tensor:
     two, target = z.clone(), z.clone()
     two[2:] = target[3] = 0
     three = torch.zeros_like(z)
-    _converge(target, three, torch.full_like(z, torch.inf))
+    _converge(target, three)
     candidates = torch.stack([two, three, four])
     best = torch.stack([_objective(z, candidate) for candidate in candidates]).argmin(0)
     return candidates.gather(0, best.expand(1, *z.shape)).squeeze(0)
