@@ -69,7 +69,7 @@ def square_root(x):
 
 @triton.jit
 def whole_part(x):
-    """floor(x) for x in [0, 2**22]. By additions, as the conversions of bytes: real ones run at a fraction of their speed."""
+    """floor(x) for x in [0, 2**22]. By additions, like the conversions of bytes: real ones are slow."""
     return tl.inline_asm_elementwise(
         "{ .reg .f32 sum; add.rm.f32 sum, $1, 0f4B000000; sub.f32 $0, sum, 0f4B000000; }",
         "=f,f",
