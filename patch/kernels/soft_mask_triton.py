@@ -44,6 +44,17 @@ _KEPT_0, _KEPT_1, _KEPT_2, _KEPT_3 = (tl.constexpr(bits) for bits in _KEPT)
 
 
 @triton.jit
+def _store_planes(pointer, offsets, plane, inside, x0, x1, x2, x3, x4, x5):
+    dtype: tl.constexpr = pointer.dtype.element_ty
+    tl.store(pointer + offsets, x0.to(dtype), inside)
+    tl.store(pointer + plane + offsets, x1.to(dtype), inside)
+    tl.store(pointer + 2 * plane + offsets, x2.to(dtype), inside)
+    tl.store(pointer + 3 * plane + offsets, x3.to(dtype), inside)
+    tl.store(pointer + 4 * plane + offsets, x4.to(dtype), inside)
+    tl.store(pointer + 5 * plane + offsets, x5.to(dtype), inside)
+
+
+@triton.jit
 def _uniform(word, TAG: tl.constexpr):
     """1 + (k + TAG / 8) / 2**20 for the 20 random bits k above the lowest three and below the exponent's place."""
     return ((word & 0x7FFFF8) | (0x3F800000 + TAG)).to(tl.float32, bitcast=True)
@@ -329,16 +340,10 @@ def _backward(
             # the mean over the patterns of what each keeps of d0 to d3 is the mean of d under the soft mask
             factor = slope * (1 - t) * inverse
             c1, c2, c3 = d1 - mean, d2 - mean, d3 - mean
-            at = d_logits_ptr + offsets
             x0, x1 = b0 + p0 * factor * (d0 + c1), b1 + p1 * factor * (d0 + c2)
             x2, x3 = b2 + p2 * factor * (d0 + c3), b3 + p3 * factor * (d1 + c2)
             x4, x5 = b4 + p4 * factor * (d1 + c3), b5 + p5 * factor * (d2 + c3)
-            tl.store(at, x0.to(at.dtype.element_ty), inside)
-            tl.store(at + plane, x1.to(at.dtype.element_ty), inside)
-            tl.store(at + 2 * plane, x2.to(at.dtype.element_ty), inside)
-            tl.store(at + 3 * plane, x3.to(at.dtype.element_ty), inside)
-            tl.store(at + 4 * plane, x4.to(at.dtype.element_ty), inside)
-            tl.store(at + 5 * plane, x5.to(at.dtype.element_ty), inside)
+            _store_planes(d_logits_ptr, offsets, plane, inside, x0, x1, x2, x3, x4, x5)
             if square_sum_ptr is not None:
                 squares += x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3 + x4 * x4 + x5 * x5
     if ALIGNED:
