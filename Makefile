@@ -18,13 +18,14 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: demo run unlock dry-run report show test lint docs install clean help
+.PHONY: demo run unlock dry-run report show test lint docs reference install clean help
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^# //p' Makefile | head -3
 	@echo "make run CONFIG=workflow/config/….yaml    run another grid; make dry-run CONFIG=… shows it"
 	@echo "make lint    ruff, mypy, snakefmt, snakemake --lint;   make docs    regenerate schema and key list"
+	@echo "make reference    what is committed of workflow/config/smollm2.yaml, from its finished run"
 
 demo: GPU_JOBS = 4
 demo: run
@@ -56,6 +57,16 @@ lint: $(VENV)/.installed-test
 
 docs: $(VENV)/.installed
 	patch-llm config docs
+
+# What is committed of the study on the embedded model, from its finished run below results/smollm2 (no GPU needed).
+# STALE=--stale takes records that other code has made.
+STUDY := results/reference/smollm2
+reference: $(VENV)/.installed
+	patch-llm collect --config workflow/config/smollm2.yaml --output $(STUDY)/runs.parquet $(STALE)
+	rm $(STUDY)/runs.csv $(STUDY)/experiment.json
+	snakemake --cores 2 tables figures --configfile workflow/config/reference.yaml --quiet all
+	cd results/smollm2-report && cp tables/accuracy.md tables/accuracy.csv tables/tasks.md tables/comparisons.md \
+	  tables/claims.md figures/perplexity_vs_sparsity.png figures/accuracy_vs_sparsity.png ../../$(STUDY)/
 
 install: $(VENV)/.installed
 

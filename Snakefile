@@ -21,6 +21,7 @@ include: "workflow/rules/prune.smk"
 include: "workflow/rules/learn.smk"
 include: "workflow/rules/compress.smk"
 include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/benchmark.smk"
 include: "workflow/rules/collect.smk"
 include: "workflow/rules/report.smk"
 
@@ -29,6 +30,7 @@ wildcard_constraints:
     model="[^/]+",
     text="[^/]+",
     seed=r"\d+",
+    target="[^/]+",
     cell=".+",
 
 
@@ -43,6 +45,7 @@ rule all:
         TABLES,
         FIGURES,
         f"{RUN}/mlflow.json",
+        rules.benchmarks.input,
 
 
 # The default config is the demo's, so this is `all` under the name that a newcomer looks for.

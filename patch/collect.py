@@ -1,21 +1,25 @@
-"""All results of an experiment as two tidy tables. Everything downstream reads only these.
+"""All results of an experiment as three tidy tables. Everything downstream reads only these.
 
 The runs table has one row per metric; cells without a finished record have one row that says so in `status` and
-`reason`. The table of curves has one row per optimiser step of every learned cell.
+`reason`. The table of curves has one row per optimiser step of every learned cell. The paired table compares cells
+that answered the same items, so that nothing downstream needs the items.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from patch import paired
 from patch.artefacts import PatchError, atomic_path
-from patch.experiments import UNCOMPRESSED, Cell, Experiment, Stage
+from patch.experiments import Cell, Experiment, Stage
 from patch.methods import METHODS
 from patch.records import Record
 
@@ -31,11 +35,11 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "pattern": ("string", "dense, unstructured, N:M or tiles:HxW"),
     "sparsity": ("Float64", "target, percent"),
     "realised_sparsity": ("Float64", "pruned share of the prunable weights, percent"),
-    "variant": ("string", "named hyper-parameter set, and the compression, as in tables"),
+    "variant": ("string", "named hyper-parameter set"),
     "compression": ("string", "named way to quantise the weights, or none"),
     "seed": ("Int64", "seed of the cell"),
     "status": ("string", "done, missing or excluded"),
-    "reason": ("string", "why a cell is not done"),
+    "reason": ("string", "why a cell is not done, or that other settings or code made a record that was taken"),
     "stage": ("string", "prune, learn, compress or evaluate"),
     "subject": ("string", "data set, task, layer, or model"),
     "metric": ("string", "perplexity, acc, acc_norm, sparsity, train_cross_entropy, wall_s, ..."),
@@ -89,18 +93,36 @@ STEP_COLUMNS: dict[str, tuple[str, str]] = {
 }
 CURVE_COLUMNS = {name: COLUMNS[name] for name in IDENTITY} | STEP_COLUMNS
 CURVES = "curves.parquet"
+PAIRED_COLUMNS: dict[str, tuple[str, str]] = {
+    "run": COLUMNS["run"],
+    "model": COLUMNS["model"],
+    "first": ("string", "path of a cell"),
+    "second": ("string", "path of the cell that it is compared with"),
+    "subject": ("string", "text, task, or mean of all tasks"),
+    "metric": ("string", "perplexity or acc"),
+    "difference": ("Float64", "first minus second; of acc as a share of 1"),
+    "stderr": ("Float64", "standard error of the difference between paired items"),
+    "p": ("Float64", "two-sided: McNemar's exact test, Student's t on losses, normal for the mean"),
+    "items": ("Int64", "windows or questions"),
+}
+PAIRED = "paired.parquet"
+_OTHER = "made by other settings or code"
 log = logging.getLogger(__name__)
 
 
-def collect(experiment: Experiment, results: Path | str) -> pd.DataFrame:
+def collect(
+    experiment: Experiment, results: Path | str, logs: Path | str = "logs", *, stale: bool = False
+) -> pd.DataFrame:
     """Read the records of all cells of `experiment` below `results`/NAME.
 
-    Records of other settings or other code count as missing.
+    Records of other settings or other code count as missing; with `stale` they are taken, and `reason` says so. Where a
+    stage has a log below `logs`/NAME but no record, the reason names the log.
     """
     grid = experiment.expand()
+    records = _Records(Path(results) / experiment.name, stale)
     rows: list[dict[str, Any]] = []
     for cell in grid.cells:
-        rows += _cell_rows(cell, Path(results) / experiment.name)
+        rows += _cell_rows(cell, records, Path(logs) / experiment.name)
     for cell, reason in grid.excluded:
         rows.append({**_identity(cell), "status": "excluded", "reason": reason})
     missing = [row for row in rows if row["status"] == "missing"]
@@ -110,23 +132,46 @@ def collect(experiment: Experiment, results: Path | str) -> pd.DataFrame:
     return table.astype({name: dtype for name, (dtype, _) in COLUMNS.items()})
 
 
-def collect_curves(experiment: Experiment, results: Path | str) -> pd.DataFrame:
-    """Read the curves of all cells of `experiment` whose mask was learned, by the settings and code of now.
+def collect_curves(experiment: Experiment, results: Path | str, *, stale: bool = False) -> pd.DataFrame:
+    """Read the curves of all cells of `experiment` whose mask was learned; `stale` as in `collect`.
 
     Compressed cells have those of the mask that they use.
     """
+    records = _Records(Path(results) / experiment.name, stale)
     tables = []
     for cell in experiment.cells():
-        run = Path(results) / experiment.name
         if cell.mask_stage != "learn" or cell.compression_options:
             continue
         try:
-            _record(cell, run, "learn")
+            records.read(cell, "learn")
         except PatchError:  # `collect` says so
             continue
-        tables.append(_cell_curves(cell, run / cell.folder("learn") / CURVES))
+        tables.append(_cell_curves(cell, records.run / cell.folder("learn") / CURVES))
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(CURVE_COLUMNS))
     return table.astype({name: dtype for name, (dtype, _) in CURVE_COLUMNS.items()})
+
+
+def collect_paired(experiment: Experiment, results: Path | str, *, stale: bool = False) -> pd.DataFrame:
+    """Compare all evaluated cells of a model and seed, and the dense model, pair by pair on the items of `evaluate`.
+
+    `stale` as in `collect`.
+    """
+    records = _Records(Path(results) / experiment.name, stale)
+    tables = []
+    cells = experiment.cells()
+    for model, seed in dict.fromkeys((cell.model, cell.seed) for cell in cells):
+        items: dict[str, pd.DataFrame] = {}
+        subjects: set[str] = set()
+        for cell in cells:
+            if cell.model == model and (cell.seed == seed or cell.method == "dense"):
+                with contextlib.suppress(PatchError):  # `collect` says so
+                    subjects |= {metric.subject for metric in records.read(cell, "evaluate").metrics}
+                    items[cell.path] = _items(records.run / cell.folder("evaluate") / "items.parquet")
+        pairs = paired.compare(items, subjects)
+        tables.append(pairs.assign(run=experiment.name, model=model))
+    table = pd.concat(tables, ignore_index=True)[list(PAIRED_COLUMNS)]
+    table = table.drop_duplicates(["model", "first", "second", "subject", "metric"], ignore_index=True)
+    return table.astype({name: dtype for name, (dtype, _) in PAIRED_COLUMNS.items()})
 
 
 def write_runs(table: pd.DataFrame, parquet: Path | str) -> None:
@@ -141,6 +186,11 @@ def write_curves(table: pd.DataFrame, runs: Path | str) -> None:
     _write(table, Path(runs).with_name(CURVES))
 
 
+def write_paired(table: pd.DataFrame, runs: Path | str) -> None:
+    """Write the paired comparisons as paired.parquet beside the runs table `runs`."""
+    _write(table, Path(runs).with_name(PAIRED))
+
+
 def read_runs(path: Path | str) -> pd.DataFrame:
     """Read a runs table. Raises PatchError when it is missing or of another layout."""
     return _read(Path(path), COLUMNS)
@@ -149,6 +199,11 @@ def read_runs(path: Path | str) -> pd.DataFrame:
 def read_curves(runs: Path | str) -> pd.DataFrame:
     """Read the curves beside the runs table `runs`. Raises PatchError when they are missing or of another layout."""
     return _read(Path(runs).with_name(CURVES), CURVE_COLUMNS)
+
+
+def read_paired(runs: Path | str) -> pd.DataFrame:
+    """Read the paired table beside the runs table `runs`. Raises PatchError when it is missing or of another layout."""
+    return _read(Path(runs).with_name(PAIRED), PAIRED_COLUMNS)
 
 
 def _write(table: pd.DataFrame, parquet: Path | str) -> None:
@@ -168,12 +223,51 @@ def _read(path: Path, columns: Mapping[str, Any]) -> pd.DataFrame:
     return table
 
 
-def _cell_rows(cell: Cell, run: Path) -> list[dict[str, Any]]:
+def _items(path: Path) -> pd.DataFrame:
     try:
-        records = [_record(cell, run, stage) for stage in cell.stages]
-    except PatchError as error:
-        return [{**_identity(cell), "status": "missing", "reason": str(error)}]
-    return [row for record in records for row in _record_rows(cell, record, _realised(records))]
+        return pd.read_parquet(path, columns=["subject", "item", "metric", "value"])
+    except (OSError, ValueError) as error:
+        log.warning("%s: cannot be read (%s), so its cell is compared with none", path, error)
+        raise PatchError(f"{path}: cannot be read; evaluate the cell again.") from None
+
+
+@dataclass(frozen=True)
+class _Records:
+    """The records of a run."""
+
+    run: Path
+    stale: bool
+    """Whether records of other settings or code are taken, too."""
+
+    def read(self, cell: Cell, stage: Stage) -> Record:
+        """Raises PatchError when it is missing or, unless `stale`, not of the cell's settings and code."""
+        directory = self.run / cell.folder(stage)
+        record = Record.read(directory)
+        if record.key != cell.key(stage) and not self.stale:
+            raise PatchError(f"{directory}: {_OTHER}; run the stage again")
+        return record
+
+
+def _cell_rows(cell: Cell, records: _Records, logs: Path) -> list[dict[str, Any]]:
+    found = []
+    for stage in cell.stages:
+        try:
+            found.append(records.read(cell, stage))
+        except PatchError as error:
+            reason = _reason(records.run / cell.folder(stage), logs / f"{cell.folder(stage)}.log", error)
+            return [{**_identity(cell), "status": "missing", "reason": reason}]
+    rows = [row for record in found for row in _record_rows(cell, record, _realised(found))]
+    other = [stage for stage, record in zip(cell.stages, found, strict=True) if record.key != cell.key(stage)]
+    return [{**row, "reason": f"{', '.join(other)}: {_OTHER}" if other else None} for row in rows]
+
+
+def _reason(directory: Path, log_file: Path, error: PatchError) -> str:
+    """Why a stage has no result: not run, failed or unfinished (then its log), or made by other settings."""
+    if (directory / "record.json").exists():
+        return str(error)
+    if log_file.exists():
+        return f"failed or not finished; the log of `{directory.name}` is {log_file}"
+    return "not run"
 
 
 def _cell_curves(cell: Cell, path: Path) -> pd.DataFrame:
@@ -182,15 +276,6 @@ def _cell_curves(cell: Cell, path: Path) -> pd.DataFrame:
     schedules = [name for name in STEP_COLUMNS if name.startswith(("pattern_", "tile_"))]
     table[[name for name in schedules if name not in cell.options]] = float("nan")
     return table.assign(**_identity(cell))[list(CURVE_COLUMNS)]
-
-
-def _record(cell: Cell, run: Path, stage: Stage) -> Record:
-    """Raises PatchError when it is missing or not of the cell's settings and code."""
-    directory = run / cell.folder(stage)
-    record = Record.read(directory)
-    if record.key != cell.key(stage):
-        raise PatchError(f"{directory}: made by other settings or code; run the stage again")
-    return record
 
 
 def _record_rows(cell: Cell, record: Record, realised: float) -> Iterator[dict[str, Any]]:
@@ -225,16 +310,10 @@ def _identity(cell: Cell) -> dict[str, Any]:
         "title": METHODS[cell.method].title,
         "pattern": cell.pattern,
         "sparsity": cell.sparsity,
-        "variant": _variant(cell),
+        "variant": cell.variant,
         "compression": cell.compression,
         "seed": cell.seed,
     }
-
-
-def _variant(cell: Cell) -> str:
-    """Its set of hyper-parameters and its compression, where not the usual ones: rows of their own in tables."""
-    named = [name for name in (cell.variant, cell.compression) if name not in ("default", UNCOMPRESSED)]
-    return ", ".join(named) or "default"
 
 
 def _realised(records: list[Record]) -> float:

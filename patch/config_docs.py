@@ -7,8 +7,16 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from patch.benchmarking.options import (
+    GenerationBenchmark,
+    LayersBenchmark,
+    LearningBenchmark,
+    MemoryBenchmark,
+    PruningBenchmark,
+)
 from patch.compression.options import Compression
 from patch.experiments import (
+    Benchmarks,
     Calibration,
     Documents,
     Evaluation,
@@ -37,7 +45,8 @@ def options_markdown() -> str:
     lines = ["# Config keys", "", "Generated from `patch/experiments.py` and `patch/methods.py`; do not edit.", ""]
     sections: list[type[BaseModel]] = [
         Experiment, ModelSource, GridBlock, Selection, Exclusion, Calibration, Training, Documents, Evaluation,
-        PerplexityText, Tasks, Compression,
+        PerplexityText, Tasks, Compression, Benchmarks, LayersBenchmark, GenerationBenchmark, MemoryBenchmark,
+        PruningBenchmark, LearningBenchmark,
     ]  # fmt: skip
     for model in sections:
         lines += [f"## {model.__name__}", "", _first_sentence(model), "", *_options_table(model)]

@@ -17,6 +17,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from patch.artefacts import PatchError, checksum_json
+from patch.benchmarking.options import (
+    Benchmark,
+    GenerationBenchmark,
+    LayersBenchmark,
+    LearningBenchmark,
+    MemoryBenchmark,
+    PruningBenchmark,
+)
 from patch.compression.options import Compression
 from patch.config_errors import Layers, explain, nearest, origin
 from patch.methods import METHODS, Method, MethodName, Trained
@@ -188,6 +196,38 @@ class Exclusion(Selection):
     """Printed wherever the cell would have stood."""
 
 
+class Benchmarks(Closed):
+    """Timings and sizes beside the cells: results/NAME/benchmarks/layers.csv and so on. A section that is not given is
+    not run."""
+
+    layers: LayersBenchmark | None = None
+    """Linear layers with 2:4 tiles."""
+    generation: GenerationBenchmark | None = None
+    """Prompts and generation, end to end."""
+    memory: MemoryBenchmark | None = None
+    """Size of a model's linear layers."""
+    pruning: PruningBenchmark | None = None
+    """One-shot pruning of single layers."""
+    learning: LearningBenchmark | None = None
+    """A mask-learning step."""
+    masks: Selection | None = None
+    """Cells whose masks are measured, too, by layers, generation and memory, beside random tiles: those that have 2:4
+    groups in this part of the grid. None for no cells."""
+    without_gpu: Literal["skip", "run"] = "skip"
+    """Where there is no GPU: leave benchmarks out, or run them on the CPU, to try them out."""
+
+    @property
+    def sections(self) -> dict[str, Benchmark]:
+        """Those that are given, by name."""
+        return {name: value for name, value in self if isinstance(value, Benchmark)}
+
+    def measures(self, cell: Cell) -> bool:
+        """Whether the cell's mask is one of `masks`."""
+        groups = cell.mask_stage is not None and Pattern.parse(cell.pattern)
+        fits = groups and (groups.kind == "tiles" or (groups.n, groups.m) == (2, 4))
+        return bool(fits and not cell.compression_options and self.masks is not None and self.masks.matches(cell))
+
+
 class Experiment(Closed):
     """One config file: a grid of cells and how they are measured."""
 
@@ -220,10 +260,15 @@ class Experiment(Closed):
     """Text that ProxSparse trains on."""
     evaluation: Evaluation = Evaluation()
     """Texts and tasks that every cell is measured on."""
+    benchmarks: Benchmarks = Benchmarks()
+    """Timings and sizes, of random tiles and of the grid's masks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where jobs compute; auto takes a GPU where there is one."""
     threads: int = Field(1, gt=0)
     """CPU threads per job. On a CPU several jobs of one thread get more done than one job with all cores."""
+    runs: str | None = None
+    """A runs table that tables, figures and claims are made of instead of running the grid, e.g. one of
+    results/reference."""
     mlflow_uri: str = "sqlite:///results/mlflow.db"
     """MLflow tracking store; any URI that MLflow accepts."""
 
@@ -590,6 +635,7 @@ def _check_references(experiment: Experiment, layers: Layers) -> None:
                 ) from None
     parts: list[tuple[tuple[str | int, ...], GridBlock | Selection]] = [
         (("only",), experiment.only),
+        (("benchmarks", "masks"), experiment.benchmarks.masks or Selection()),
         *((("exclude", number), rule) for number, rule in enumerate(experiment.exclude)),
         *((("grid", number), block) for number, block in enumerate(experiment.grid)),
     ]

@@ -147,7 +147,8 @@ class Trained(Method):
     """What the backward pass computes again instead of keeping it: nothing, each block's activations, or its
     effective weights too, which saves two bytes per weight and costs another drawing of the masks."""
     checkpoint_every: int = Field(50, gt=0)
-    """Steps between saved states; an interrupted job goes on from the last one."""
+    """Steps between saved states, more where saving would take over a tenth of the time. An interrupted job goes on
+    from the last one."""
 
     @field_validator("checkpointing", mode="before")
     @classmethod
@@ -235,7 +236,7 @@ class LearnedTiles(Learned):
     """Which tiles end dense. sign: those with a positive logit, as in the paper; the realised sparsity is then what
     comes out. topk: the largest logits, as many as meet the target. balanced: the same with equally many per row of
     tiles within a layer, which evens out the work of inference kernels."""
-    reference: OneShot = "sparsegpt"
+    reference: OneShot | Literal["random"] = "sparsegpt"
     """One-shot method whose unstructured mask gives the tile prior."""
 
 

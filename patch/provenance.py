@@ -23,6 +23,7 @@ STAGE_MODULES = {
     "compress": ("patch.compression.compress",),
     # Adapters and quantised inputs compute while the model runs.
     "evaluate": ("patch.evaluation", "patch.compression.artefact", "patch.compression.inputs"),
+    "benchmark": ("patch.benchmarking",),
     "collect": ("patch.collect",),
     "report": ("patch.reporting",),
 }
@@ -32,13 +33,17 @@ STAGE_MODULES = {
 def code_hash(stage: str) -> str:
     """Hash of the code of `stage`: of its modules and all modules of this package that they import.
 
-    Taken over syntax trees without docstrings, so that comments, formatting and documentation do not
-    make results stale. Snakemake needs this because it does not see edits in imported modules.
+    Taken over syntax trees without docstrings, so that comments, formatting and documentation do not make results
+    stale, and over the CUDA sources beside them. Snakemake needs this because it does not see edits in imported
+    modules.
     """
     digest = hashlib.sha256()
-    for path in sorted(_import_closure(STAGE_MODULES[stage])):
+    closure = _import_closure(STAGE_MODULES[stage])
+    for path in sorted(closure):
         digest.update(path.relative_to(PACKAGE).as_posix().encode())
         digest.update(ast.dump(_without_docstrings(ast.parse(path.read_text()))).encode())
+    for source in sorted(file for folder in {path.parent for path in closure} for file in folder.glob("*.cu*")):
+        digest.update(source.relative_to(PACKAGE).as_posix().encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -54,8 +54,8 @@ class Record:
     """Checksums of what was written."""
     provenance: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
-    """wall_s, gpu_s, peak_memory_gib (host), peak_gpu_memory_gib; masks where several were made together, of which the
-    others are then the cost."""
+    """wall_s, gpu_s (of all GPUs together), peak_memory_gib (host), peak_gpu_memory_gib; masks where several were made
+    together, of which the others are then the cost."""
     date: str = ""
     """End of the stage, UTC, ISO 8601."""
 
@@ -117,6 +117,8 @@ def recording(
     record = Record(stage=stage, key=key, arguments=arguments)
     yield record
     record.cost = clock.cost()
+    if "gpu_s" in record.cost:
+        record.cost["gpu_s"] *= arguments.get("processes", 1)
     record.provenance = provenance()
     record.date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record.write(directory)

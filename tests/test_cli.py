@@ -328,6 +328,17 @@ def test_export_writes_a_checkpoint_with_the_records_numbers(
     assert json.loads((tmp_path / "again" / "record.json").read_text())["metrics"][0]["value"] == value
 
 
+def test_plan_of_one_table_counts_its_cells_only(tmp_path: Path) -> None:
+    part = ("plan", "--config", ROOT / "workflow" / "config" / "paper.yaml", "--results", tmp_path, "--target")
+    done = patch_llm(*part, "density_target")
+    assert done.returncode == 0, done.stderr
+    assert "paper: 6 cells" in done.stdout  # one and per block, at three sparsities
+    assert "6 learn" in done.stdout
+    unknown = patch_llm(*part, "tile_sizes")
+    assert unknown.returncode == 1
+    assert "target 'tile_sizes': unknown; choose of accuracy, " in unknown.stderr
+
+
 def test_plan_tells_costs_and_reasons_and_writes_what_fits_a_budget(tmp_path: Path) -> None:
     config = ROOT / "workflow" / "config" / "paper.yaml"
     part = ("--config", config, "--results", tmp_path, "--override", '{"only": {"models": ["llama-2-7b"]}}')

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -11,12 +13,16 @@ from patch.artefacts import PatchError
 from patch.collect import (
     COLUMNS,
     CURVE_COLUMNS,
+    PAIRED_COLUMNS,
     STEP_COLUMNS,
     collect,
     collect_curves,
+    collect_paired,
     read_curves,
+    read_paired,
     read_runs,
     write_curves,
+    write_paired,
     write_runs,
 )
 from patch.experiments import Cell, Experiment, Stage, load_experiment
@@ -119,7 +125,7 @@ def test_a_missing_mask_makes_its_compressed_cells_missing(compressed: Experimen
     runs = collect(compressed, results)
     missing = runs[runs["status"] == "missing"]
     assert set(missing["cell"]) == {TILE, f"{TILE}/int4"}
-    assert missing["reason"].str.contains(f"{TILE}/learn/record.json: no such file").all()
+    assert set(missing["reason"]) == {"not run"}
 
 
 def test_prerequisites_are_in_no_table(experiment: Experiment, results: Path) -> None:
@@ -154,6 +160,17 @@ def test_masks_of_other_settings_or_code_count_as_missing(experiment: Experiment
     assert set(collect_curves(experiment, results)["cell"]) == {TILE}
 
 
+def test_stale_records_are_taken_when_asked_for_and_say_so(experiment: Experiment, results: Path) -> None:
+    record = Record.read(results / "test" / MASKLLM / "learn")
+    dataclasses.replace(record, key="other").write(results / "test" / MASKLLM / "learn")
+    runs = collect(experiment, results, stale=True)
+    rows = runs[runs["cell"] == MASKLLM]
+    assert set(rows["status"]) == {"done"}
+    assert set(rows["reason"]) == {"learn: made by other settings or code"}
+    assert runs.loc[runs["cell"] == TILE, "reason"].isna().all()
+    assert set(collect_curves(experiment, results, stale=True)["cell"]) == {MASKLLM, TILE}
+
+
 def test_a_learned_cell_that_is_not_yet_evaluated_has_its_curves(experiment: Experiment, results: Path) -> None:
     (results / "test" / TILE / "evaluate" / "record.json").unlink()
     runs = collect(experiment, results)
@@ -177,7 +194,9 @@ def test_without_learned_cells_the_table_of_curves_is_empty(experiment: Experime
     assert list(curves) == list(CURVE_COLUMNS)
 
 
-@pytest.mark.parametrize(("read", "name"), [(read_runs, "runs.parquet"), (read_curves, "curves.parquet")])
+@pytest.mark.parametrize(
+    ("read", "name"), [(read_runs, "runs.parquet"), (read_curves, "curves.parquet"), (read_paired, "paired.parquet")]
+)
 def test_tables_that_cannot_be_read_are_told_by_name(read, name, tmp_path: Path) -> None:
     with pytest.raises(PatchError, match=f"{name}: no such file; run the stage `collect` first"):
         read(tmp_path / "runs.parquet")
@@ -189,7 +208,7 @@ def test_tables_that_cannot_be_read_are_told_by_name(read, name, tmp_path: Path)
         read(tmp_path / "runs.parquet")
 
 
-def test_compressed_cells_are_told_apart_by_their_variant(tmp_path: Path) -> None:
+def test_compressed_cells_are_rows_of_their_own(tmp_path: Path) -> None:
     config = {
         "name": "test",
         "models": {"tiny": {"source": "./tiny"}},
@@ -199,5 +218,57 @@ def test_compressed_cells_are_told_apart_by_their_variant(tmp_path: Path) -> Non
     }
     table = collect(load_experiment([], config), tmp_path)
     assert set(zip(table["variant"], table["compression"], strict=True)) == {
-        ("default", "none"), ("int4", "int4"), ("shifted", "none"), ("shifted, int4", "int4"),
+        ("default", "none"), ("default", "int4"), ("shifted", "none"), ("shifted", "int4"),
     }  # fmt: skip
+
+
+def answer(results: Path, cell: Cell, losses: list[float]) -> None:
+    rows = {"subject": "wikitext2", "item": range(len(losses)), "metric": "loss", "value": losses}
+    pd.DataFrame(rows).to_parquet(results / "test" / cell.path / "evaluate" / "items.parquet", index=False)
+
+
+def test_cells_are_compared_in_pairs_on_their_items(experiment: Experiment, results: Path) -> None:
+    for number, cell in enumerate(experiment.cells()):
+        answer(results, cell, [2.0 + number, 3.0 + number, 2.5 + number])
+    table = collect_paired(experiment, results)
+    assert list(table) == list(PAIRED_COLUMNS)
+    assert len(table) == 6  # of four cells
+    assert set(table["subject"]) == {"wikitext2"}
+    first = table.iloc[0]
+    assert (first["run"], first["model"], first["first"], first["second"]) == ("test", "tiny", "tiny/dense", WANDA)
+    assert first["difference"] == pytest.approx(math.exp(2.5) - math.exp(3.5))
+    write_paired(table, results / "runs.parquet")
+    pd.testing.assert_frame_equal(read_paired(results / "runs.parquet"), table)
+
+
+def test_only_equal_seeds_and_the_dense_model_are_compared(tmp_path: Path) -> None:
+    grid = [{"methods": ["dense", "wanda", "magnitude"]}]
+    config = {"name": "test", "models": {"tiny": {"source": "./tiny"}}, "grid": grid, "seeds": [0, 1]}
+    seeds = load_experiment([], config)
+    for number, cell in enumerate(seeds.cells()):
+        finish(tmp_path, cell, "evaluate", [Metric("wikitext2", "perplexity", 12.0, 0.5, 6)])
+        answer(tmp_path, cell, [2.0 + number, 3.0])
+    table = collect_paired(seeds, tmp_path)
+    crossed = table["first"].str.endswith("seed-1") != table["second"].str.endswith("seed-1")
+    assert len(table) == 6  # dense with four, and the two of each seed
+    assert set(table.loc[crossed, "first"]) == {"tiny/dense"}
+
+
+def test_cells_whose_items_cannot_be_read_are_compared_with_none(
+    experiment: Experiment, results: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cells = experiment.cells()
+    for cell in cells[:2]:
+        answer(results, cell, [2.0, 3.0])
+    (results / "test" / cells[2].path / "evaluate" / "items.parquet").write_text("damaged")
+    assert len(collect_paired(experiment, results)) == 1
+    assert "cannot be read" in caplog.text
+
+
+def test_missing_cells_say_whether_they_failed_and_where_the_log_is(experiment: Experiment, tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "test" / MASKLLM / "learn.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("CUDA error")
+    runs = collect(experiment, tmp_path, tmp_path / "logs").set_index("cell")
+    assert runs.loc[MASKLLM, "reason"] == f"failed or not finished; the log of `learn` is {log}"
+    assert runs.loc[WANDA, "reason"] == "not run"

@@ -567,6 +567,50 @@ def test_every_cell_knows_the_stage_of_its_mask_and_its_text():
     }  # fmt: skip
 
 
+# benchmarks
+
+
+def test_only_masks_with_2_4_groups_of_the_chosen_cells_are_benchmarked():
+    timed = experiment(
+        grid=[
+            {"methods": ["dense"]},
+            {"methods": ["wanda"], "patterns": ["2:4", "4:8", "unstructured"], "sparsities": [50]},
+            {"methods": ["patch_joint"], "patterns": ["tiles:128x128"], "sparsities": [45]},
+            {"methods": ["magnitude"], "patterns": ["2:4"], "compressions": ["none", "int4"]},
+        ],
+        compressions={"int4": {}},
+        benchmarks={"memory": {}, "masks": {}},
+    )
+    measured = [cell.path for cell in timed.cells() if timed.benchmarks.measures(cell)]
+    assert measured == ["tiny/wanda/50-2of4", "tiny/patch_joint/45-tiles128x128", "tiny/magnitude/50-2of4"]
+    assert list(timed.benchmarks.sections) == ["memory"]
+    without = experiment(benchmarks={"memory": {}})
+    assert not any(without.benchmarks.measures(cell) for cell in without.cells())
+
+
+@pytest.mark.parametrize(
+    ("benchmarks", "expected"),
+    [
+        ({"layer": {}}, "unknown key 'benchmarks.layer'; did you mean 'layers'?"),
+        ({"layers": {"shapes": ["llama-1-7b"]}}, "benchmarks.layers.shapes.0: String should match pattern"),
+        ({"generation": {"shapes": ["64x64"]}}, "benchmarks.generation.shapes.0: String should match pattern"),
+        ({"generation": {"lengths": ["128+1"]}}, "benchmarks.generation.lengths.0: String should match pattern"),
+        ({"memory": {"sparsities": [60]}}, "benchmarks.memory.sparsities.0: Input should be less than or equal to 50"),
+        ({"layers": {"tokens": [0]}}, "benchmarks.layers.tokens.0: Input should be greater than 0"),
+        ({"masks": {"models": ["tinny"]}}, "benchmarks.masks.models: 'tinny' is not defined; did you mean 'tiny'?"),
+    ],
+)
+def test_mistakes_in_benchmarks_are_named(benchmarks, expected):
+    assert expected in message(**BASE, benchmarks=benchmarks)
+
+
+def test_names_of_shapes_are_those_that_can_be_made():
+    from patch.benchmarking.options import SHAPE_NAMES
+    from patch.benchmarking.shapes import SHAPES
+
+    assert tuple(SHAPES) == SHAPE_NAMES
+
+
 # the key of a cell
 
 

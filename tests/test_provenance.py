@@ -150,3 +150,11 @@ def test_provenance_lists_the_versions_that_matter():
         found["versions"]["torch"] == torch.__version__.split("+")[0] or found["versions"]["torch"] == torch.__version__
     )
     assert found["threads"] == torch.get_num_threads()
+
+
+def test_cuda_sources_count_for_what_runs_them(package):
+    before = {stage: code_hash(stage) for stage in ("benchmark", "learn")}
+    (package / "kernels" / "hybrid" / "decode.cu").write_text("// another kernel")
+    code_hash.cache_clear()
+    assert code_hash("benchmark") != before["benchmark"]
+    assert code_hash("learn") == before["learn"]

@@ -161,7 +161,30 @@ def test_rules_are_lint_free_and_formatted() -> None:
 def test_named_targets_exist(tmp_path: Path) -> None:
     config = str(ROOT / "workflow" / "config" / "demo.yaml")
     done = snakemake("--list-target-rules", "--configfile", config, "--directory", str(tmp_path))
-    assert {"all", "demo", "tables", "figures", "mlflow"} <= set((done.stdout + done.stderr).split())
+    names = {"all", "demo", "tables", "figures", "mlflow", "table_tile_size", "figure_tile_size", "table_claims"}
+    assert names <= set((done.stdout + done.stderr).split())
+
+
+def test_one_table_runs_its_cells_only(tmp_path: Path) -> None:
+    config = ROOT / "workflow" / "config" / "paper.yaml"
+    done = snakemake("table_density_target", "-n", "-p", "--configfile", str(config), "--directory", str(tmp_path))
+    learned = {command.split(" --output ")[1].split()[0] for command in commands(done.stdout + done.stderr, "learn")}
+    cells = "results/paper/qwen2.5-0.5b/patch_joint"
+    assert learned == {
+        f"{cells}/{sparsity}-tiles128x128/{variant}learn" for sparsity in (45, 35, 25) for variant in ("", "per-block/")
+    }
+    (made,) = commands(done.stdout + done.stderr, "tables")
+    assert "results/paper/targets/density_target/runs.parquet" in made
+    assert "--only density_target" in made
+
+
+def test_committed_results_are_reported_without_running_anything(tmp_path: Path) -> None:
+    config = ROOT / "workflow" / "config" / "reference.yaml"
+    done = snakemake(
+        "tables", "figures", "table_claims", "--dry-run", "--configfile", str(config), "--directory", str(tmp_path)
+    )
+    started = {line.split()[1].rstrip(":") for line in done.stdout.splitlines() if "rule " in line[:10]}
+    assert started == {"tables", "figures", "target_table", "table_claims"}
 
 
 def test_generated_schema_and_key_list_are_up_to_date() -> None:
@@ -216,3 +239,94 @@ def test_compressed_cells_come_after_the_mask_that_they_share(tmp_path: Path) ->
     prepared = snakemake("prepare", *shown).stdout
     assert len(commands(prepared, "prepare released")) == 1
     assert any("calibration-seed-0" in command for command in commands(prepared, "prepare tokens"))
+
+
+BENCHMARKS = """
+name: timed
+models: {one: {source: ./one-7b}, two: {source: ./two}}
+grid:
+  - {methods: [dense, patch_tile], patterns: ["tiles:128x128"], sparsities: [45, 25]}
+  - {methods: [wanda], patterns: ["2:4", unstructured], sparsities: [50]}
+training: {samples: 512000}
+evaluation: {tasks: null}
+benchmarks:
+  layers: {shapes: [llama-3.1-8b, 128x64], tokens: [1, 16], sparsities: [25, 45.5], kernels: [auto, unpack]}
+  generation: {shapes: [llama-2-7b], batches: [1, 16], lengths: ["128+128", "128+1024"]}
+  memory: {shapes: [llama-2-7b]}
+  pruning: {shapes: [64x64], methods: [wanda], patterns: ["2:4"], samples: 2, length: 8}
+  learning: {shapes: [qwen2.5-0.5b], settings: [fast]}
+  masks: {models: [one], sparsities: [45, 50]}
+"""
+
+
+def test_benchmarks_time_random_tiles_and_the_masks_of_chosen_cells(tmp_path: Path) -> None:
+    config = tmp_path / "timed.yaml"
+    config.write_text(BENCHMARKS)
+    shown = ("benchmarks", "--dry-run", "-p", "--configfile", str(config), "--directory", str(tmp_path))
+    output = snakemake(*shown, "--config", "device=cuda", "--resources", "gpu=3").stdout
+    run, one = "results/timed/benchmarks", "results/timed/one"
+    timed = [line.split("benchmark --exclusive ")[1] for line in commands(output, "benchmark --exclusive")]
+    made = {line.split(" --output ")[1].split()[0]: line.split(" --output ")[0] for line in timed}
+    tile = f"{one}/patch_tile/45-tiles128x128/learn/mask.safetensors"
+    wanda = f"{one}/wanda/50-2of4/prune/mask.safetensors"
+    rows = "--tokens 1,16"
+    kernels, device = "--kernel auto --kernel unpack --compile", "--device cuda"
+    sizes = "--batch 1,16 --length 128+128,128+1024"
+    layers = {
+        f"{run}/layers/random/{shape}.csv": f"layers --shape {shape} {rows} {kernels} --sparsity 25,45.5 {device}"
+        for shape in ("llama-3.1-8b", "128x64")
+    } | {
+        f"{run}/layers/masks/one/{cell}.csv": f"layers --mask {mask} {rows} {kernels} {device}"
+        for cell, mask in (("patch_tile/45-tiles128x128", tile), ("wanda/50-2of4", wanda))
+    }
+    assert {name: command for name, command in made.items() if "/layers/" in name} == layers
+    generated = f"{run}/generation/masks/one/wanda/50-2of4.csv"
+    assert made[generated] == (
+        f"generation --shape {one}/model.json --mask {wanda} {sizes} --fused both --compile --device cuda"
+    )
+    assert made[f"{run}/memory/random/llama-2-7b.csv"] == "memory --model llama-2-7b --sparsity 25,35,45 --device cuda"
+    assert made[f"{run}/pruning/random/64x64.csv"] == (
+        "pruning --shape 64x64 --method wanda --pattern 2:4 --samples 2 --length 8 --device cuda"
+    )
+    assert made[f"{run}/learning/random/qwen2.5-0.5b.csv"] == (
+        "learning --shape qwen2.5-0.5b --mode patch_joint --setting fast --tokens 4096"
+    )
+    assert len(made) == 4 + 3 + 3 + 1 + 1
+    joined = {line.split(" --output ")[1].split()[0]: line for line in commands(output, "benchmark join")}
+    assert set(joined) == {f"{run}/{name}.csv" for name in ("layers", "generation", "memory", "pruning", "learning")}
+    assert all(name in joined[f"{run}/layers.csv"] for name in layers)
+    jobs = [block for block in output.split("\nrule ") if block.startswith(("benchmark_random", "benchmark_mask"))]
+    assert len(jobs) == len(made)
+    assert all("gpu=3" in job for job in jobs)  # all there are: nothing else that computes runs meanwhile
+    assert not commands(output, "evaluate")
+
+
+def test_benchmarks_are_part_of_the_grid_and_left_out_with_a_line_where_there_is_no_gpu(tmp_path: Path) -> None:
+    config = tmp_path / "timed.yaml"
+    config.write_text(BENCHMARKS)
+    shown = ("--dry-run", "-p", "--configfile", str(config), "--directory", str(tmp_path), "--config")
+    on_gpu = snakemake(*shown, "device=cuda")
+    assert "benchmarks/generation.csv" in on_gpu.stdout
+    assert "skipped: benchmarks" not in on_gpu.stdout + on_gpu.stderr
+    on_cpu = snakemake(*shown, "device=cpu")
+    assert not commands(on_cpu.stdout, "benchmark join")
+    assert (
+        "skipped: benchmarks of layers, generation, memory, pruning, learning (no GPU; `without_gpu: run` under"
+        " `benchmarks` runs them on the CPU)" in on_cpu.stdout + on_cpu.stderr
+    )
+    tried = snakemake(*shown, "device=cpu", "benchmarks={without_gpu: run}")
+    assert len(commands(tried.stdout, "benchmark join")) == 5
+
+
+def test_benchmarks_of_a_tiny_layer_run(tmp_path: Path) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(
+        "{name: tiny, models: {tiny: {source: ./tiny}}, grid: [{methods: [dense]}], device: cpu,"
+        " evaluation: {perplexity: {}, tasks: null}, benchmarks: {without_gpu: run,"
+        " layers: {shapes: [128x64], tokens: [1, 2], sparsities: [50], compile: false}}}"
+    )
+    done = snakemake("benchmarks", "--cores", "1", "--configfile", str(config), "--directory", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    header, *rows = (tmp_path / "results/tiny/benchmarks/layers.csv").read_text().splitlines()
+    assert {"gpu", "torch", "commit", "date", "mask"} <= set(header.split(","))
+    assert [row.split(",")[:4] for row in rows] == [["128", "64", tokens, "50.0"] for tokens in ("1", "2")]

@@ -1,31 +1,34 @@
-"""Greedy generation end to end, dense beside hybrid: the same transformers model, cache and CUDA graphs for both.
+"""Greedy generation end to end, dense beside hybrid: the same decoder, cache and CUDA graphs for both.
 
-Random bfloat16 weights and tiles, and random text, of which the time does not depend. A static key-value cache, one
-graph for the prefill and one for a decoding step; the sampled token stays on the device. Tokens per second count those
-of the prompt and those generated, as the paper's table does.
+Random text, of which the time does not depend, and mostly random weights and tiles. A static key-value cache, one graph
+for the prefill and one for a decoding step; the sampled token stays on the device. Tokens per second count those of the
+prompt and those generated, as the paper's table does.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers import PreTrainedModel
 
 from patch import inference
-from patch.benchmarking.replay import captured, milliseconds
-from patch.benchmarking.shapes import random_masks, random_model
+from patch.benchmarking.decoder import Decoder
+from patch.benchmarking.replay import WARM_UP, captured, milliseconds
+from patch.benchmarking.shapes import random_masks
 from patch.kernels.hybrid.fusion import fuse_linears
 from patch.models import vocabulary_size
 from patch.provenance import stamp
+from patch.sparsity.maskset import MaskSet
 
 REPEATS = 3
+Length = tuple[int, int]
+"""Tokens of a prompt, and tokens to generate after it."""
 log = logging.getLogger(__name__)
 
 
@@ -35,125 +38,139 @@ class Cost:
     """From the prompt to the first generated token."""
     decode_ms: float
     """Of each further token."""
-    gib: float
-    """Of the model: weights, embeddings and head, without the cache."""
 
     def tokens_per_second(self, batch: int, prefill: int, generated: int) -> float:
         return 1e3 * batch * (prefill + generated) / (self.prefill_ms + (generated - 1) * self.decode_ms)
 
 
 class Generator:
-    """Greedy generation of a fixed number of tokens after a prompt of a fixed length."""
+    """Greedy generation after a prompt of a fixed length."""
 
     def __init__(self, model: PreTrainedModel, prompt: Tensor, generated: int, *, compiled: bool):
-        """prompt: token ids [batch, prompt length], on the model's device. compiled: the model by `torch.compile`."""
+        """prompt: token ids [batch, prompt length], on the model's device. generated: the most tokens after it.
+        compiled: by `torch.compile`."""
         batch, length = prompt.shape
         device = prompt.device
+        room = generated + WARM_UP  # for steps that are taken before a graph is captured
         self._prompt, self._generated = prompt, generated
-        self._cache = StaticCache(config=model.config, max_cache_len=length + generated)
-        self._tokens = torch.zeros(batch, generated, dtype=torch.int64, device=device)
+        self._positions = torch.arange(length, device=device)
+        self._tokens = torch.zeros(batch, room, dtype=torch.int64, device=device)
         self._token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self._position = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
-        self._forward = model.forward
-        self._start()  # allocates the cache, which must not happen in compiled code
-        if compiled:
-            self._forward = torch.compile(model.forward, dynamic=False)
+        self._decoder = Decoder(model, batch, length + room, compiled=compiled)
         self.prefill = captured(self._start, device)
         self.step = captured(self._next, device)
 
-    def __call__(self) -> Tensor:
-        """The generated tokens, int64 [batch, generated]."""
+    def __call__(self, generated: int | None = None) -> Tensor:
+        """The generated tokens, int64 [batch, generated]; by default as many as there is room for."""
+        generated = self._generated if generated is None else generated
         self.prefill()
-        for _ in range(self._generated - 1):
+        for _ in range(generated - 1):
             self.step()
-        return self._tokens
+        return self._tokens[:, :generated]
 
-    @torch.inference_mode()
     def _start(self) -> None:
-        length = self._prompt.shape[1]
-        for layer in self._cache.layers:
-            if isinstance(layer, StaticLayer) and layer.is_initialized:
-                layer.cumulative_length.zero_()  # older keys lie behind the mask until they are overwritten
         self._column.zero_()
-        self._position.fill_(length)
-        self._predict(self._prompt, torch.arange(length, device=self._prompt.device).unsqueeze(0))
+        self._position.fill_(self._prompt.shape[1])  # older keys lie behind it until they are overwritten
+        self._predict(self._prompt, self._positions)
 
-    @torch.inference_mode()
     def _next(self) -> None:
         self._predict(self._token, self._position)
         self._position.add_(1)
 
     def _predict(self, ids: Tensor, positions: Tensor) -> None:
-        logits = self._forward(
-            input_ids=ids, position_ids=positions, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-        ).logits
-        self._token.copy_(logits[:, -1:].argmax(-1))
+        self._token.copy_(self._decoder(ids, positions).argmax(-1, keepdim=True))
         self._tokens.index_copy_(1, self._column, self._token)
         self._column.add_(1)
 
 
 def measure(
-    shape: str,
-    sparsities: Sequence[float],
+    name: str,
+    make: Callable[[], PreTrainedModel],
+    masks: Sequence[tuple[str, float | MaskSet]],
     *,
-    batch: int,
-    prefill: int,
-    generated: int,
+    batches: Sequence[int],
+    lengths: Sequence[Length],
     compiled: bool = False,
     fused: str = "both",
-    device: torch.device,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of results/reference/generation.csv, one for each sparsity (0 to 0.5).
+    """Rows of results/reference/generation.csv: each mask with each number of sequences and each length.
 
-    shape: one of SHAPES. compiled: both sides through `torch.compile`. fused: which sides compute query, key and value
-    by one product, and gate and up: both, hybrid or none.
+    name: of the model in the rows. make: the dense model in bfloat16, on its device; called once for the dense side and
+    once for each mask, since pruning changes the weights. masks: by their name in the rows, MaskSets or shares of
+    weights to prune in random tiles (0 to 0.5). compiled: both sides by `torch.compile`. fused: which sides compute
+    query, key and value by one product, and gate and up: both, hybrid or none.
     """
-    model = random_model(shape, device)
+    torch.compiler.reset()  # of compiled versions for other models
+    model = make()
     if fused == "both":
         fuse_linears(model)
-    dense = _cost("dense", model, batch, prefill, generated, compiled)
-    for sparsity in sparsities:
+    dense_gib, dense = _gib(model), _costs("dense", model, batches, lengths, compiled)
+    for label, mask in masks:
         del model
         _free()
-        model = random_model(shape, device)
-        masks = random_masks(model, sparsity)
-        model = inference.load(model, masks, fuse=fused != "none", tokens=(batch,))
-        hybrid = _cost(f"hybrid at {100 * sparsity:g} %", model, batch, prefill, generated, compiled)
-        dense_rate, hybrid_rate = (cost.tokens_per_second(batch, prefill, generated) for cost in (dense, hybrid))
-        yield {
-            "model": shape,
-            "batch": batch,
-            "prefill_tokens": prefill,
-            "generated_tokens": generated,
-            "sparsity_percent": round(100 * masks.sparsity, 2),
-            "dense_tok_s": round(dense_rate, 1),
-            "hybrid_tok_s": round(hybrid_rate, 1),
-            "speedup": round(hybrid_rate / dense_rate, 3),
-            "dense_gib": round(dense.gib, 3),
-            "hybrid_gib": round(hybrid.gib, 3),
-            **stamp(),
-            "dense_prefill_ms": round(dense.prefill_ms, 3),
-            "hybrid_prefill_ms": round(hybrid.prefill_ms, 3),
-            "dense_decode_ms": round(dense.decode_ms, 3),
-            "hybrid_decode_ms": round(hybrid.decode_ms, 3),
-            "stack": "compiled" if compiled else "eager",
-            "fused": fused,
-        }
+        model = make()
+        mask_set = random_masks(model, mask) if isinstance(mask, float) else mask
+        sparsity = 100 * mask_set.sparsity
+        model = inference.load(model, mask_set, fuse=fused != "none", tokens=batches)
+        hybrid_gib = _gib(model)
+        for case, hybrid in _costs(f"hybrid at {sparsity:.4g} %", model, batches, lengths, compiled).items():
+            dense_rate, hybrid_rate = (cost.tokens_per_second(*case) for cost in (dense[case], hybrid))
+            batch, prefill, generated = case
+            yield {
+                "model": name,
+                "batch": batch,
+                "prefill_tokens": prefill,
+                "generated_tokens": generated,
+                "sparsity_percent": round(sparsity, 2),
+                "dense_tok_s": round(dense_rate, 1),
+                "hybrid_tok_s": round(hybrid_rate, 1),
+                "speedup": round(hybrid_rate / dense_rate, 3),
+                "dense_gib": round(dense_gib, 3),
+                "hybrid_gib": round(hybrid_gib, 3),
+                **stamp(),
+                "dense_prefill_ms": round(dense[case].prefill_ms, 3),
+                "hybrid_prefill_ms": round(hybrid.prefill_ms, 3),
+                "dense_decode_ms": round(dense[case].decode_ms, 3),
+                "hybrid_decode_ms": round(hybrid.decode_ms, 3),
+                "stack": "compiled" if compiled else "eager",
+                "fused": fused,
+                "mask": label,
+            }
 
 
-def _cost(name: str, model: PreTrainedModel, batch: int, prefill: int, generated: int, compiled: bool) -> Cost:
-    torch.compiler.reset()
-    device = model.device
-    ids = torch.randint(vocabulary_size(model), (batch, prefill), generator=torch.Generator().manual_seed(0))
-    generator = Generator(model, ids.to(device), generated, compiled=compiled)
+def _costs(
+    name: str, model: PreTrainedModel, batches: Sequence[int], lengths: Sequence[Length], compiled: bool
+) -> dict[tuple[int, int, int], Cost]:
+    """By sequences, tokens of the prompt and generated ones; prompts of one length share graphs and a cache."""
+    costs = {}
+    for batch in batches:
+        for prefill in dict.fromkeys(prefill for prefill, _ in lengths):
+            numbers = [generated for length, generated in lengths if length == prefill]
+            ids = torch.randint(vocabulary_size(model), (batch, prefill), generator=torch.Generator().manual_seed(0))
+            generator = Generator(model, ids.to(model.device), max(numbers), compiled=compiled)
+            for generated in numbers:
+                costs[batch, prefill, generated] = cost = _cost(generator, generated, model.device)
+                log.info(
+                    "%s, batch %d, %d + %d tokens: prefill %.2f ms, decode %.3f ms",
+                    name, batch, prefill, generated, cost.prefill_ms, cost.decode_ms,
+                )  # fmt: skip
+            del generator
+            _free()
+    return costs
+
+
+def _cost(generator: Generator, generated: int, device: torch.device) -> Cost:
     prefill_ms = milliseconds(generator.prefill, device, REPEATS)
-    whole = milliseconds(generator, device, REPEATS)
+    whole = milliseconds(lambda: generator(generated), device, REPEATS)
+    return Cost(prefill_ms, (whole - prefill_ms) / (generated - 1))
+
+
+def _gib(model: PreTrainedModel) -> float:
+    """Of weights, embeddings and head, without the cache."""
     tensors = {tensor.data_ptr(): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    gib = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 2**30
-    cost = Cost(prefill_ms, (whole - prefill_ms) / (generated - 1), gib)
-    log.info("%s: prefill %.2f ms, decode %.3f ms, %.2f GiB", name, cost.prefill_ms, cost.decode_ms, cost.gib)
-    return cost
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 2**30
 
 
 def _free() -> None:

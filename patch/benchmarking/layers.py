@@ -1,4 +1,5 @@
-"""One linear layer with dense and 2:4 tiles, beside cuBLAS on the dense and cuSPARSELt on the fully 2:4 weight.
+"""One linear layer with dense and 2:4 tiles, beside cuBLAS and `torch.compile` on the dense and cuSPARSELt on the fully
+2:4 weight.
 
 Everything that a call costs counts: layout of the inputs, reductions, bfloat16 outputs. Weights are random and so many
 copies of each are used in turn that the L2 cache cannot hold them; calls are replayed as CUDA graphs.
@@ -20,6 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from patch.artefacts import PatchError
+from patch.benchmarking.decoder import MODE
+from patch.benchmarking.options import RANDOM
 from patch.benchmarking.replay import Call, copies_past_cache, copy_bandwidth, matmul_rate, microseconds
 from patch.benchmarking.shapes import random_mask
 from patch.kernels.hybrid import dispatch
@@ -40,12 +43,16 @@ def measure(
     mask: LinearMask | float,
     kernels: Sequence[str],
     device: torch.device,
+    *,
+    compiled: bool = False,
+    mask_name: str = RANDOM,
 ) -> Iterator[dict[str, Any]]:
     """Rows of results/reference/layers.csv for one layer: each number of tokens with each of `kernels`.
 
     mask: a learned one, or the share of weights to prune (0 to 0.5) in random tiles of 128 x 128. kernels: names of
-    `dispatch.kernels`; "auto" is the one that dispatch chooses. max_relative_error is the largest difference from the
-    product in float64, over the largest output.
+    `dispatch.kernels`; "auto" is the one that dispatch chooses. compiled: time the dense layer by `torch.compile` too,
+    which searches among cuBLAS and Triton kernels. max_relative_error is the largest difference from the product in
+    float64, over the largest output.
     """
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=generator, device=device).to(DTYPE)
@@ -60,6 +67,7 @@ def measure(
         x = torch.randn(number, in_features, generator=generator, device=device).to(DTYPE)
         expected = x.double() @ pruned.double().T
         dense_us = microseconds([functools.partial(F.linear, x, dense) for dense in denses], device)
+        compiled_us = _compiled_microseconds(number, out_features, in_features, device) if compiled else None
         cusparselt_us = microseconds(cusparselt.calls(x), device) if cusparselt else None
         floor = 1e6 * _floor_seconds(hybrids[0], x, device)
         for kernel in kernels:
@@ -84,7 +92,10 @@ def measure(
                 "fraction_of_floor": round(floor / us, 3),
                 "cusparselt_full_2_4_us": None if cusparselt_us is None else round(cusparselt_us, 2),
                 "max_relative_error": float(f"{float(error):.2g}"),
-            } | stamp()
+                **stamp(),
+                "compiled_dense_us": None if compiled_us is None else round(compiled_us, 2),
+                "mask": mask_name,
+            }
 
 
 def layers_of_masks(masks: MaskSet) -> list[LinearMask]:
@@ -114,6 +125,22 @@ def _copies(weight: HybridWeight) -> list[HybridWeight]:
     """Enough of them that the cache cannot hold all."""
     number = copies_past_cache(weight.nbytes, weight.device)
     return [weight] + [replace(weight, payload=weight.payload.clone()) for _ in range(number - 1)]
+
+
+@functools.cache
+def _compiled_microseconds(tokens: int, out_features: int, in_features: int, device: torch.device) -> float:
+    """Of the dense layer by `torch.compile`: once for all sparsities, since compiling takes seconds."""
+    torch.compiler.reset()
+    linear = torch.compile(_linear, mode=MODE, dynamic=False, fullgraph=True)
+    x = torch.randn(tokens, in_features, device=device).to(DTYPE)
+    weight = torch.randn(out_features, in_features, device=device).to(DTYPE)
+    copies = [weight.clone() for _ in range(copies_past_cache(weight.nbytes, device))]
+    with torch.no_grad():
+        return microseconds([functools.partial(linear, x, copy) for copy in copies], device)
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
 
 
 def _floor_seconds(weight: HybridWeight, x: Tensor, device: torch.device) -> float:

@@ -7,12 +7,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from patch import inference
+from patch.benchmarking.options import RANDOM
 from patch.models import prunable_linears
 from patch.provenance import stamp
 from patch.sparsity.maskset import MaskSet
 
 
-def measure(source: str, model: PreTrainedModel, masks: MaskSet) -> dict[str, Any]:
+def measure(source: str, model: PreTrainedModel, masks: MaskSet, mask_name: str = RANDOM) -> dict[str, Any]:
     """One row; packs the model in place, on its device. `smallest_ratio` is that of the layer that gains most."""
     total = sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
     names = list(prunable_linears(model))
@@ -31,7 +32,9 @@ def measure(source: str, model: PreTrainedModel, masks: MaskSet) -> dict[str, An
         "smallest_ratio": round(min(hybrid[name] / dense[name] for name in names), 4),
         "whole_model_dense_gib": round(total / 2**30, 4),
         "whole_model_hybrid_gib": round((total - before + after) / 2**30, 4),
-    } | stamp()
+        **stamp(),
+        "mask": mask_name,
+    }
 
 
 def _sizes(model: PreTrainedModel, names: list[str]) -> dict[str, int]:

@@ -11,9 +11,26 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from patch.artefacts import PatchError
+
+CONTEXT_GIB = 1.5
+"""Of a GPU's memory that may be taken although nothing else runs: contexts of this process and of idle ones."""
 Call = Callable[[], object]
 WARM_UP = 2
 """Eager calls before a capture: compilation, choices of kernels and library handles must be out of the way."""
+
+
+def check_alone() -> None:
+    """Raise PatchError where another process holds memory of the GPU, whose work timings would contain."""
+    if not torch.cuda.is_available():
+        return
+    free, total = torch.cuda.mem_get_info()
+    others = (total - free - torch.cuda.memory_reserved()) / 2**30 - CONTEXT_GIB
+    if others > 0:
+        raise PatchError(
+            f"GPU {torch.cuda.current_device()}: other processes hold {others:.1f} GiB of it, and a benchmark needs it "
+            "alone; wait for them (the workflow does with --resources gpu=1), or set CUDA_VISIBLE_DEVICES to another."
+        )
 
 
 def captured(call: Call, device: torch.device) -> Call:

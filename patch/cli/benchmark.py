@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patch.artefacts import write_text
+from patch.artefacts import PatchError, write_text
 from patch.cli.options import (
     CalibrationSamples,
     Device,
@@ -24,6 +25,8 @@ from patch.cli.options import (
     Threads,
     device_name,
     learned_method,
+    parse_counts,
+    parse_lengths,
     parse_numbers,
     tokens_from,
     use_threads,
@@ -34,6 +37,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("patch")
 app = typer.Typer(help=__doc__, no_args_is_help=True)
+
+
+@app.callback()
+def benchmark(
+    exclusive: Annotated[bool, typer.Option("--exclusive", help="Refuse a GPU that other processes work on.")] = False,
+) -> None:
+    from patch.benchmarking.replay import check_alone
+
+    if exclusive:
+        check_alone()
 
 
 @app.command("learning")
@@ -182,13 +195,17 @@ def layers(
         typer.Option(help="auto, the one that is chosen, or a kernel's name; repeat for more. Default: auto."),
     ] = None,
     mask: Annotated[Path | None, typer.Option(help="Learned mask instead of random tiles and shapes.")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Time the dense layer by torch.compile, too; takes seconds per shape.")
+    ] = False,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
-    """Linear layers with 2:4 tiles beside cuBLAS and cuSPARSELt; says which kernel ran and why."""
+    """Linear layers with 2:4 tiles beside cuBLAS, cuSPARSELt and torch.compile; says which kernel ran and why."""
     import torch
 
     from patch.benchmarking.layers import layers_of_masks, measure
+    from patch.benchmarking.options import RANDOM
     from patch.benchmarking.shapes import layer_shapes
     from patch.sparsity.maskset import LinearMask, MaskSet
 
@@ -199,10 +216,13 @@ def layers(
     else:
         sizes = dict.fromkeys(size for name in shape or ["llama-2-7b"] for size in layer_shapes(name, fused=True))
         cases = [(size, percent / 100) for size in sizes for percent in parse_numbers("--sparsity", sparsity)]
-    counts = [int(number) for number in parse_numbers("--tokens", tokens)]
+    counts = parse_counts("--tokens", tokens)
     where = torch.device(device_name(device))
     for size, layer in cases:
-        for row in measure(*size, counts, layer, kernel or ["auto"], where):
+        for row in measure(
+            *size, counts, layer, kernel or ["auto"], where,
+            compiled=compiled, mask_name=str(mask) if mask else RANDOM,
+        ):  # fmt: skip
             _add_row(output, row)
 
 
@@ -210,12 +230,17 @@ def layers(
 def generation(
     output: RowsFile,
     shape: Annotated[
-        list[str] | None, typer.Option(help="A shape of `benchmark layers`; repeat for more. Default: llama-2-7b.")
+        list[str] | None,
+        typer.Option(
+            help="A shape of `benchmark layers`, repeat for more; with --mask, its model. Default: llama-2-7b."
+        ),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences at a time.", min=1)] = 16,
-    prefill: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 128,
-    generate: Annotated[int, typer.Option(help="Tokens to generate for each.", min=2)] = 128,
+    batch: Annotated[str, typer.Option(help="Sequences at a time; numbers, separated by commas.")] = "16",
+    length: Annotated[
+        str, typer.Option(help="Tokens of the prompt + tokens to generate, such as 128+128,128+1024.")
+    ] = "128+128",
     sparsity: Numbers = "25,35,45",
+    mask: Annotated[Path | None, typer.Option(help="Learned mask instead of random tiles and weights.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Both sides through torch.compile.")] = False,
     fused: Annotated[
         str, typer.Option(help="Which sides compute query, key, value (gate, up) by one product: both, hybrid or none.")
@@ -223,17 +248,32 @@ def generation(
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
-    """Greedy generation with random weights, dense and with 2:4 tiles: prefill, decoding, both, and memory."""
-    import torch
-
+    """Greedy generation, dense and with 2:4 tiles: prefill, decoding, both, and memory."""
     from patch.benchmarking.generation import measure
+    from patch.benchmarking.options import RANDOM
+    from patch.benchmarking.shapes import SHAPES, random_model
+    from patch.models import load_model
+    from patch.sparsity.maskset import MaskSet
 
     use_threads(threads)
-    for name in shape or ["llama-2-7b"]:
+    names = shape or ["llama-2-7b"]
+    if mask and len(names) != 1:
+        raise PatchError(f"--mask {mask}: give the one model that it belongs to as --shape, not {len(names)}.")
+    where = device_name(device)
+    masks: list[tuple[str, float | MaskSet]] = (
+        [(str(mask), MaskSet.load(mask))]
+        if mask
+        else [(RANDOM, percent / 100) for percent in parse_numbers("--sparsity", sparsity)]
+    )
+    batches, lengths = parse_counts("--batch", batch), parse_lengths("--length", length)
+
+    def make(name: str) -> Any:
+        return random_model(name, where) if name in SHAPES else load_model(name, dtype="bfloat16").to(where)  # type: ignore[arg-type]
+
+    for name in names:
         for row in measure(
-            name, [percent / 100 for percent in parse_numbers("--sparsity", sparsity)], batch=batch, prefill=prefill,
-            generated=generate, compiled=compiled, fused=fused, device=torch.device(device_name(device)),
-        ):  # fmt: skip
+            name, partial(make, name), masks, batches=batches, lengths=lengths, compiled=compiled, fused=fused
+        ):
             _add_row(output, row)
 
 
@@ -248,6 +288,7 @@ def memory(
 ) -> None:
     """Size of a model's linear layers, dense and with 2:4 tiles packed."""
     from patch.benchmarking.memory import measure
+    from patch.benchmarking.options import RANDOM
     from patch.benchmarking.shapes import SHAPES, random_masks, random_model
     from patch.models import load_model
     from patch.sparsity.maskset import MaskSet
@@ -256,7 +297,19 @@ def memory(
     for percent in [None] if mask else parse_numbers("--sparsity", sparsity):
         loaded = random_model(model, where) if model in SHAPES else load_model(model, dtype=dtype).to(where)  # type: ignore[arg-type]
         masks = MaskSet.load(mask) if mask else random_masks(loaded, (percent or 0) / 100)
-        _add_row(output, measure(model, loaded, masks))
+        _add_row(output, measure(model, loaded, masks, str(mask) if mask else RANDOM))
+
+
+@app.command("join")
+def join(
+    parts: Annotated[list[Path], typer.Argument(help="Files of one benchmark.", exists=True, dir_okay=False)],
+    output: Annotated[Path, typer.Option(help="CSV file with the rows of all.")],
+) -> None:
+    """Rows of several runs in one file."""
+    import pandas as pd
+
+    tables = [pd.read_csv(part) for part in parts]
+    write_text(output, pd.concat(tables, ignore_index=True).to_csv(index=False))
 
 
 def _add_row(output: Path, row: dict[str, Any], complete: Callable[[Any], Any] = lambda rows: rows) -> None:

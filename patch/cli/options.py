@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -125,6 +126,23 @@ def parse_numbers(option: str, text: str) -> list[float]:
         return [float(number) for number in text.split(",")]
     except ValueError:
         raise PatchError(f"{option} {text}: write numbers with commas between them, such as 25,45.") from None
+
+
+def parse_counts(option: str, text: str) -> list[int]:
+    """Whole numbers from 1."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise PatchError(f"{option} {text}: write whole numbers with commas between them, such as 1,16.")
+    return [int(number) for number in text.split(",")]
+
+
+def parse_lengths(option: str, text: str) -> list[tuple[int, int]]:
+    """Pairs of tokens of a prompt and tokens to generate, of which the prefill gives the first."""
+    lengths = [tuple(map(int, part.split("+"))) for part in text.split(",") if re.fullmatch(r"[1-9]\d*\+\d+", part)]
+    if len(lengths) != text.count(",") + 1 or any(generated < 2 for _, generated in lengths):
+        raise PatchError(
+            f"{option} {text}: write PROMPT+GENERATED with at least 2 tokens to generate, such as 128+128,128+1024."
+        )
+    return [(prefill, generated) for prefill, generated in lengths]
 
 
 def device_name(name: str) -> str:

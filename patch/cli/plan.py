@@ -38,6 +38,7 @@ def plan(
     results: Annotated[Path, typer.Option(help="Directory that holds the experiment's folder.")] = Path("results"),
     rates: Annotated[Path | None, typer.Option(help="CSV file of rates; default: results/reference/rates.csv.")] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu; auto for a GPU unless the config says cpu.")] = "auto",
+    target: Annotated[str | None, typer.Option(help="Only what this table or figure shows, e.g. tile_size.")] = None,
     budget: Annotated[
         float | None, typer.Option(help="Keep the cells that together take so many hours of GPUs, cheapest first.")
     ] = None,
@@ -54,9 +55,10 @@ def plan(
 
     from patch.cluster.site import Gpu, load_site
     from patch.experiments import load_experiment
-    from patch.planning.plan import check_budget
+    from patch.planning.plan import check_budget, without
     from patch.planning.plan import plan as planned
     from patch.planning.rates import CPU, FILE, gpu_of, load_rates
+    from patch.reporting.targets import cells_of
 
     if device not in ("auto", "cuda", "cpu"):
         raise PatchError(f"--device {device}: choose one of auto, cuda, cpu.")
@@ -64,7 +66,15 @@ def plan(
         check_budget(budget)
     elif layer is not None:
         raise PatchError(f"--layer {layer}: needs --budget, which says what it leaves out.")
-    experiment = load_experiment(config, json.loads(override))
+    settings = json.loads(override)
+    experiment = load_experiment(config, settings)
+    if target is not None:
+        shown = {cell.path for cell in cells_of(target, experiment.cells())}
+        if not shown:
+            raise PatchError(f"--target {target}: shows no cells of {experiment.name}, which has none of its kind.")
+        others = [cell for cell in experiment.cells() if cell.path not in shown]
+        settings |= without(experiment, others, f"not in {target}")
+        experiment = load_experiment(config, settings)
     on_gpu = device == "cuda" or (device == "auto" and experiment.device != "cpu")
     known = load_rates(rates or FILE)
     stages = planned(experiment, results, known, (load_site().gpu or Gpu()) if on_gpu else None)

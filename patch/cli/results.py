@@ -14,16 +14,24 @@ import typer
 from patch.artefacts import write_json
 from patch.cli.options import Configs, Output, Override, Runs
 
+Only = Annotated[list[str] | None, typer.Option(help="Make only this one; repeat for more.")]
+Benchmarks = Annotated[
+    Path | None,
+    typer.Option(help="Folder with layers.csv and generation.csv of `benchmark`; results/reference if not given."),
+]
 log = logging.getLogger("patch")
 
 
 def collect(
     config: Configs,
-    output: Annotated[Path, typer.Option(help="Runs table to write, .parquet; .csv and curves come beside it.")],
+    output: Annotated[Path, typer.Option(help="Runs table to write, .parquet; the others come beside it.")],
     override: Override = "{}",
     results: Annotated[Path, typer.Option(help="Directory that holds the experiment's folder.")] = Path("results"),
+    stale: Annotated[
+        bool, typer.Option("--stale", help="Take records made by other settings or code, too; rows say so.")
+    ] = False,
 ) -> None:
-    """Gather the records of an experiment into one tidy table, and the curves of learned cells into another.
+    """Gather the records of an experiment into one tidy table, and into two more curves and paired comparisons.
 
     Cells that are not finished are listed as missing.
     """
@@ -31,29 +39,32 @@ def collect(
     from patch.experiments import load_experiment
 
     experiment = load_experiment(config, json.loads(override))
-    table = collecting.collect(experiment, results)
+    table = collecting.collect(experiment, results, stale=stale)
     collecting.write_runs(table, output)
-    collecting.write_curves(collecting.collect_curves(experiment, results), output)
+    collecting.write_curves(collecting.collect_curves(experiment, results, stale=stale), output)
+    collecting.write_paired(collecting.collect_paired(experiment, results, stale=stale), output)
     write_json(output.with_name("experiment.json"), experiment.model_dump(mode="json"))
     counts = table.drop_duplicates("cell")["status"].value_counts()
     log.info("%s: %s", output, ", ".join(f"{number} cells {status}" for status, number in counts.items()))
 
 
-def tables(runs: Runs, output: Output) -> None:
-    """Write every table as CSV, Markdown and LaTeX."""
-    from patch.collect import read_runs
+def tables(runs: Runs, output: Output, only: Only = None, benchmarks: Benchmarks = None) -> None:
+    """Write tables, the claims among them, as CSV, Markdown, LaTeX and HTML."""
+    from patch.reporting.study import BENCHMARKS, Study
     from patch.reporting.tables import write_tables
+    from patch.reporting.targets import TABLES
 
-    for path in write_tables(read_runs(runs), output):
+    for path in write_tables(Study.read(runs, benchmarks or BENCHMARKS), output, only or TABLES):
         log.info("%s", path)
 
 
-def figures(runs: Runs, output: Output) -> None:
-    """Draw every figure as PDF and PNG."""
-    from patch.collect import read_curves, read_runs
+def figures(runs: Runs, output: Output, only: Only = None, benchmarks: Benchmarks = None) -> None:
+    """Draw figures as PDF and PNG."""
     from patch.reporting.figures import write_figures
+    from patch.reporting.study import BENCHMARKS, Study
+    from patch.reporting.targets import FIGURES
 
-    for path in write_figures(read_runs(runs), read_curves(runs), output):
+    for path in write_figures(Study.read(runs, benchmarks or BENCHMARKS), output, only or FIGURES):
         log.info("%s", path)
 
 
@@ -61,27 +72,32 @@ def mlflow(
     runs: Runs,
     uri: Annotated[str, typer.Option(help="MLflow tracking store.")] = "sqlite:///results/mlflow.db",
     artifact: Annotated[list[Path] | None, typer.Option(help="File to attach; repeat for more.")] = None,
+    masks: Annotated[
+        Path | None, typer.Option(help="Directory that holds the experiment's folder: attach the cells' masks.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="File to write: what was done.")] = None,
 ) -> None:
     """Write the runs table to MLflow. Doing it again changes nothing; changed results replace old ones."""
-    from patch.collect import read_curves, read_runs
+    from patch.reporting.study import Study
     from patch.reporting.tracking import track
 
-    counts = track(read_runs(runs), read_curves(runs), uri, artifact or [])
+    study = Study.read(runs)
+    counts = track(study.runs, study.curves, uri, artifact or [], masks)
     log.info("%s: %s", uri, ", ".join(f"{number} runs {what}" for what, number in counts.items()))
     if output:
         write_json(output, {"uri": uri, **counts})
 
 
-def show(runs: Runs) -> None:
-    """Print the accuracy table in the terminal."""
+def show(
+    runs: Runs, table: Annotated[str, typer.Option(help="Its name, e.g. tile_size or claims.")] = "accuracy"
+) -> None:
+    """Print a table in the terminal."""
     from rich.console import Console
 
-    from patch.collect import read_runs
-    from patch.reporting.published import load_accuracy
-    from patch.reporting.tables import accuracy, render_terminal
+    from patch.reporting.study import Study
+    from patch.reporting.tables import make_table, render_terminal
 
-    Console().print(render_terminal(accuracy(read_runs(runs), load_accuracy())))
+    Console().print(render_terminal(make_table(table, Study.read(runs))))
 
 
 def status(

@@ -57,8 +57,13 @@ def parameter_count(source: ModelSource, prepared: Path | str) -> float:
     try:
         return float(read_json(prepared, "patch.model/1")["parameters"])
     except (PatchError, KeyError):
-        found = re.findall(r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", source.source.lower())
-        return float(found[-1][0]) * {"b": 1e9, "m": 1e6}[found[-1][1]] if found else 1e9
+        return parameters_in_name(source.source)
+
+
+def parameters_in_name(name: str) -> float:
+    """Such as 7e9 of "llama-2-7b"; a billion where it says nothing."""
+    found = re.findall(r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", name.lower())
+    return float(found[-1][0]) * {"b": 1e9, "m": 1e6}[found[-1][1]] if found else 1e9
 
 
 def preparation(parameters: float, attempt: int = 1) -> Needs:
@@ -70,6 +75,11 @@ def generation(parameters: float, tokens: float, gpu: Gpu | None, threads: int, 
     """Of sampling training text from the model itself; a token at a time, it reaches a tenth of the usual rate."""
     seconds = 10 * 2 * parameters * tokens / _flops(gpu, threads)
     return Needs(_memory_mb(4 * parameters / 2**30, attempt), _minutes(seconds, attempt), int(gpu is not None))
+
+
+def benchmark(parameters: float, gpu: Gpu | None, attempt: int = 1) -> Needs:
+    """Of one benchmark of a model or a shape: mostly compiling and trying kernels, whatever its size."""
+    return Needs(_memory_mb(4 * parameters / 2**30, attempt), _minutes(600, attempt), int(gpu is not None))
 
 
 def stage(

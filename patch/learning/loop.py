@@ -35,6 +35,8 @@ from patch.progress import duration
 from patch.sparsity.maskset import MaskSet
 
 SECONDS_BETWEEN_LINES = 10.0
+SAVING = 0.1
+"""Largest share of a run's time that goes into its states: on a slow disk, those of a small model take many steps."""
 DIVERGED = 3.0
 """A cross-entropy of so many times ln(vocabulary), that of guessing, ends the run."""
 log = logging.getLogger(__name__)
@@ -84,6 +86,7 @@ class Loop(ABC):
         self.observe = observe
         self._state, self._key = state, key
         self.micro_batches = method.batch_size // method.micro_batch_size // distributed.world_size()
+        self._saved_at, self._saving_seconds = time.monotonic(), 0.0
 
     @abstractmethod
     def prepare(self) -> None:
@@ -180,12 +183,22 @@ class Loop(ABC):
         if done == self.method.steps:
             return
         number = distributed.maximum(request.number, self.device)
-        if directory and (number or done % self.method.checkpoint_every == 0):
+        if directory and (number or self._due(done)):
+            started = time.monotonic()
             if self.sharded or distributed.is_main():
                 directory.save(State(done, self.tensors(), self.curves))
             distributed.barrier()
+            self._saved_at = time.monotonic()
+            self._saving_seconds = self._saved_at - started
         if number:
             raise Stopped(done, number)
+
+    def _due(self, done: int) -> bool:
+        """Every few steps, but not so often that saving takes more than its share of the time; alike on all ranks."""
+        if done % self.method.checkpoint_every:
+            return False
+        since = time.monotonic() - self._saved_at
+        return bool(distributed.maximum(int(SAVING * since >= (1 - SAVING) * self._saving_seconds), self.device))
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved: leaves and optimiser state by name."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import torch
 
-from patch.reporting.figures import _placeholder, _style
+from patch.reporting.figures.style import placeholder, print_style
 from patch.sparsity.maskset import LinearMask, MaskSet
 from patch.sparsity.tiles import tile_sums
 
@@ -67,11 +67,11 @@ def tile_map(masks: MaskSet) -> Figure:
     """
     layers = layer_table(masks).dropna(subset=["block"])
     if layers.empty:
-        return _placeholder("no layer of this mask belongs to a decoder block")
+        return placeholder("no layer of this mask belongs to a decoder block")
     blocks, modules = sorted(layers["block"].unique()), list(dict.fromkeys(layers["module"]))
     maps = {name: _kept(masks.linears[name]) for name in layers["layer"]}
     lowest = min(0.5, *(float(kept.min()) for kept in maps.values()))
-    with _style():
+    with print_style():
         import matplotlib.pyplot as plt
         from matplotlib.colors import Normalize
         from matplotlib.patches import Patch

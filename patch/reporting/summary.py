@@ -1,6 +1,6 @@
 """The runs table condensed to what tables and figures show: settings in their order, and scores over seeds.
 
-A setting is a point of the grid without its seed: (model, sparsity, method, pattern, variant).
+A setting is a point of the grid without its seed: (model, sparsity, method, pattern, variant, compression).
 """
 
 from __future__ import annotations
@@ -10,12 +10,21 @@ from typing import Any
 
 import pandas as pd
 
-from patch.experiments import TASKS
+from patch.experiments import TASKS, UNCOMPRESSED
 from patch.methods import METHODS
+from patch.reporting.targets import Target
 
-KEYS = ["model", "sparsity", "method", "pattern", "variant"]
+KEYS = ["model", "sparsity", "method", "pattern", "variant", "compression"]
 SETTINGS = [*KEYS, "source", "title", "realised_sparsity", "seeds", "done", "note"]
 """Columns of `settings`."""
+
+
+def rows_of(runs: pd.DataFrame, target: Target) -> pd.DataFrame:
+    """The rows of the runs table whose cells the target shows."""
+    names = ["source", "method", "pattern", "sparsity", "variant", "compression"]
+    cells = runs[names].drop_duplicates()
+    shown = cells[target.chosen(cells.to_dict("records"))]
+    return runs.merge(shown, on=names, how="inner") if len(shown) else runs.iloc[:0]
 
 
 def settings(runs: pd.DataFrame) -> pd.DataFrame:
@@ -25,10 +34,11 @@ def settings(runs: pd.DataFrame) -> pd.DataFrame:
     Columns: KEYS, source, title, realised_sparsity (percent, mean over seeds), seeds (in the grid), done (of these,
     with results), note (why results are missing, else empty).
     """
-    cells = runs.drop_duplicates(["run", "cell"]).copy()
+    cells = runs.drop_duplicates(["run", "cell", "compression"]).copy()
     cells["realised_sparsity"] = _floats(cells["realised_sparsity"])
     cells["sparsity"] = _floats(cells["sparsity"])
     cells["is_done"] = cells["status"] == "done"
+    cells["reason"] = cells["reason"].mask(cells["is_done"])
     table = (
         cells.groupby(KEYS, sort=False)
         .agg(
@@ -49,6 +59,7 @@ def settings(runs: pd.DataFrame) -> pd.DataFrame:
             "method": table["method"].map(list(METHODS).index),
             "pattern": _rank(table["pattern"]),
             "variant": _rank(table["variant"]).where(table["variant"] != "default", -1),
+            "compression": _rank(table["compression"]).where(table["compression"] != UNCOMPRESSED, -1),
         }
     )
     return table.loc[order.sort_values(order.columns.tolist(), kind="stable").index].reset_index(drop=True)

@@ -26,16 +26,19 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-PARAMETERS = ["model", "source", "method", "pattern", "sparsity", "variant", "seed"]
+PARAMETERS = ["model", "source", "method", "pattern", "sparsity", "variant", "compression", "seed"]
 TAGS = ["cell", "commit", "dirty", "gpu", "cpu", "torch", "transformers", "lm_eval"]
 _OF_STAGE = ["wall_s", "gpu_s", "peak_memory_gib", "peak_gpu_memory_gib"]
 # Without it MLflow 3's UI takes the experiment for one of traces and prompts, and hides metrics and comparisons.
 _TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
+MASK = "mask.safetensors"
 _BATCH = 1000  # metrics that MLflow takes at a time
 log = logging.getLogger(__name__)
 
 
-def track(runs: pd.DataFrame, curves: pd.DataFrame, uri: str, artifacts: Sequence[Path] = ()) -> dict[str, int]:
+def track(
+    runs: pd.DataFrame, curves: pd.DataFrame, uri: str, artifacts: Sequence[Path] = (), masks: Path | None = None
+) -> dict[str, int]:
     """Write the finished cells of a runs table, with their curves, to the MLflow store at `uri`.
 
     Returns how many cells were new, changed and unchanged.
@@ -44,6 +47,7 @@ def track(runs: pd.DataFrame, curves: pd.DataFrame, uri: str, artifacts: Sequenc
     acc.mean, each with .stderr where known; sparsity of the whole model; STAGE.wall_s and other costs by stage.
     Of learned cells also learn.loss and the other curves, with a value per optimiser step.
     artifacts: files, or folders of files, attached to the run "report" of the experiment.
+    masks: directory that holds the experiments' folders; the MaskSet of each cell is attached to it, where it is there.
     For sqlite:///PATH the folder is made, and artifacts go to mlflow-artifacts beside the file.
     Raises PatchError when an artifact is missing.
     """
@@ -56,7 +60,7 @@ def track(runs: pd.DataFrame, curves: pd.DataFrame, uri: str, artifacts: Sequenc
         for model, rows in table[table["status"] == "done"].groupby("model", sort=False):
             tags = {"kind": "model", "model": str(model), "source": str(rows["source"].iloc[0])}
             parent, _ = store.put(f"model {model}", _Content(str(model), tags=tags))
-            for content in _cells(rows, curves):
+            for content in _cells(rows, curves, masks):
                 content.tags["mlflow.parentRunId"] = parent
                 _, outcome = store.put(f"cell {content.tags['cell_hash']} {content.tags['cell']}", content)
                 counts[outcome] += 1
@@ -86,7 +90,8 @@ class _Content:
 
     def hash(self) -> str:
         metrics = {name: repr(value) for name, value in self.metrics.items()}
-        return checksum_json([self.name, self.parameters, metrics, self.histories.to_csv(), self.tags])
+        files = sorted(self.files)  # of a cell: what is in them is known by its cell_hash
+        return checksum_json([self.name, self.parameters, metrics, self.histories.to_csv(), self.tags, files])
 
 
 class _Store:
@@ -131,13 +136,13 @@ class _Store:
         for first in range(0, len(history), _BATCH):
             self.client.log_batch(run_id, history[first : first + _BATCH])
         for path, file in content.files.items():
-            self.client.log_artifact(run_id, str(file), str(Path(path).parent))
+            self.client.log_artifact(run_id, str(file), path.rpartition("/")[0] or None)
         self.client.log_batch(run_id, tags=[RunTag("result_hash", result_hash)])
         self.client.set_terminated(run_id, end_time=content.end)
         return run_id, "changed" if old else "new"
 
 
-def _cells(rows: pd.DataFrame, curves: pd.DataFrame) -> list[_Content]:
+def _cells(rows: pd.DataFrame, curves: pd.DataFrame, masks: Path | None) -> list[_Content]:
     """The content of every cell of a model, without its parent."""
     contents = []
     for cell, own in rows.groupby("cell", sort=False):
@@ -151,7 +156,10 @@ def _cells(rows: pd.DataFrame, curves: pd.DataFrame) -> list[_Content]:
         seconds = sum(value for name, value in metrics.items() if name.endswith(".wall_s"))
         start = None if end is None else end - int(1000 * seconds)
         histories = _histories(curves[(curves["run"] == first["run"]) & (curves["cell"] == cell)], start or 0)
-        contents.append(_Content(str(cell), parameters, metrics, histories, tags, start=start, end=end))
+        folders = [] if masks is None else [masks / first["run"] / cell / stage for stage in ("prune", "learn")]
+        mask = [folder / MASK for folder in folders if (folder / MASK).exists()]
+        files = {MASK: mask[0]} if mask else {}
+        contents.append(_Content(str(cell), parameters, metrics, histories, tags, files, start, end))
     return contents
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from patch.cluster.needs import learning_gib, learning_gpus, parameter_count, stage
+from patch.cluster.needs import benchmark, learning_gib, learning_gpus, parameter_count, stage
 from patch.cluster.site import Gpu
 from patch.experiments import Cell, ModelSource, load_experiment
 from patch.learning.memory import memory_estimate, weights_memory_estimate
@@ -116,6 +116,14 @@ def test_similar_jobs_have_equal_needs_so_that_they_share_an_array(cells: dict[s
     }
     assert len(asked) == 1
     assert all(needs.minutes % 15 == 0 and needs.memory_mb % 1024 == 0 for needs in asked)
+
+
+def test_a_benchmark_takes_one_gpu_and_memory_for_the_model() -> None:
+    small, large = (benchmark(parameters, H100) for parameters in (0.5e9, 8e9))
+    assert small.gpus == large.gpus == small.nodes == 1
+    assert small.memory_mb < large.memory_mb < benchmark(8e9, H100, attempt=2).memory_mb
+    assert large.memory_mb > 1024 * 2 * 8e9 / 2**30
+    assert benchmark(8e9, None).gpus == 0
 
 
 def test_size_comes_from_the_prepared_model_else_from_the_name(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import patch
+from patch.benchmarking.decoder import Decoder
 from patch.benchmarking.generation import Generator
 from patch.benchmarking.shapes import random_mask, random_masks
 from patch.kernels.hybrid import dispatch
@@ -107,3 +108,16 @@ def test_generation_by_graphs_is_that_of_the_masked_dense_model(tiny_model):
                             do_sample=False)  # fmt: skip
     assert torch.equal(generator()[:, :1], eager[:, 9:10])
     assert torch.equal(generator().clone(), generator())
+
+
+@pytest.mark.parametrize("hybrid", [False, True], ids=["dense", "hybrid"])
+def test_compiled_decoders_give_the_logits_of_transformers(hybrid, tiny_model):
+    model = tiny_model(hidden_size=128, intermediate_size=256, num_attention_heads=2).bfloat16().cuda()
+    if hybrid:
+        model = patch.load(model, random_masks(model, 0.35, (128, 64)), tokens=())
+    ids = torch.randint(3, 256, (2, 10), device="cuda")
+    expected = [model(ids[:, :9]).logits[:, -1], model(ids).logits[:, -1]]
+    decoder = Decoder(model, 2, 16, compiled=True)
+    positions = torch.arange(10, device="cuda")
+    logits = [decoder(ids[:, :9], positions[:9]), decoder(ids[:, 9:], positions[9:])]
+    torch.testing.assert_close(logits, expected, rtol=5e-2, atol=5e-1)

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from patch.data import TokenSet
-from patch.learning import LearnedMasks, learn_masks
+from patch.learning import LearnedMasks, learn_masks, loop
 from patch.learning.parametrisation import LearnableMasks
 from patch.learning.trainer import make_masks
 from patch.methods import Learned, Magnitude, MaskLLM, PatchJoint, PatchTile
@@ -25,6 +25,12 @@ METHODS: dict[str, tuple[type[Learned], str]] = {
     "patch_joint": (PatchJoint, "tiles:16x16"),
     "patch_tile": (PatchTile, "tiles:16x16"),
 }
+
+
+@pytest.fixture(autouse=True)
+def states_whenever_a_method_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long saving takes beside the steps of a tiny model."""
+    monkeypatch.setattr(loop, "SAVING", 1.0)
 
 
 def magnitude_priors(model: transformers.PreTrainedModel, sparsity: float) -> dict[str, MaskSet]:

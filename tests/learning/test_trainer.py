@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import transformers
 
 from patch.artefacts import PatchError
 from patch.data import TokenSet
-from patch.learning import LearnedMasks, Stopped, learn_masks
+from patch.learning import LearnedMasks, Stopped, learn_masks, loop
 from patch.learning.loop import gradient_norm
 from patch.learning.optimizers import apply
+from patch.learning.state import State, StateDirectory
 from patch.methods import MaskLLM, PatchJoint
 from patch.sparsity.maskset import MaskSet
 from patch.sparsity.patterns import Pattern
@@ -187,6 +189,27 @@ def test_a_run_killed_at_any_step_and_resumed_ends_with_the_same_mask(model_dire
     masks = [MaskSet.load(tmp_path / name / "mask.safetensors") for name in ("whole", "killed")]
     assert masks[0].checksum == masks[1].checksum
     assert not (tmp_path / "killed" / "state" / "by-hand").exists()
+
+
+def test_slow_saving_takes_a_tenth_of_the_time(
+    learn: Callable[..., LearnedMasks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of a second, states that take half of one: after the first, one in five steps is enough."""
+    clock, saved = [0.0], []
+
+    def save(self: StateDirectory, state: State) -> None:
+        saved.append(state.step)
+        clock[0] += 0.5
+
+    def a_second_passes(row: dict[str, float]) -> None:
+        clock[0] += 1
+
+    monkeypatch.setattr(StateDirectory, "save", save)
+    monkeypatch.setattr(loop, "SAVING", 0.1)
+    fake = types.SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr(loop, "time", fake)
+    learn("maskllm", steps=14, checkpoint_every=1, run={"state": tmp_path, "observe": a_second_passes})
+    assert saved == [1, 6, 11]
 
 
 def test_other_settings_do_not_go_on_from_a_state(learn: Callable[..., LearnedMasks], tmp_path: Path) -> None:

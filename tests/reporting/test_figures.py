@@ -9,16 +9,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from patch.artefacts import PatchError
 from patch.methods import METHODS
-from patch.reporting.figures import (
-    _STYLES,
-    accuracy_vs_sparsity,
-    perplexity_vs_sparsity,
-    sparsity_by_layer,
-    training_curves,
-    write_figure,
-    write_figures,
-)
+from patch.reporting.figures import draw_figure, write_figure, write_figures
+from patch.reporting.figures.allocation import sparsity_by_depth, sparsity_by_layer, sparsity_by_module
+from patch.reporting.figures.curves import training_curves
+from patch.reporting.figures.quality import accuracy_vs_sparsity, perplexity_vs_sparsity
+from patch.reporting.figures.style import STYLES
+from patch.reporting.study import Study
+from patch.reporting.targets import FIGURES
 
 Tables = tuple[pd.DataFrame, pd.DataFrame]
 
@@ -36,9 +35,9 @@ def lines_at(figure: plt.Figure, value: float) -> int:
 
 
 def test_all_files_are_written_and_figures_closed(learned: Tables, tmp_path: Path) -> None:
-    paths = write_figures(*learned, tmp_path)
-    names = ["accuracy_vs_sparsity", "perplexity_vs_sparsity", "sparsity_by_layer", "training_curves"]
-    assert sorted(path.name for path in paths) == sorted(f"{n}.{kind}" for n in names for kind in ("pdf", "png"))
+    names = ["perplexity_vs_sparsity", "sparsity_by_depth", "training_curves"]
+    paths = write_figures(Study(*learned), tmp_path, names)
+    assert [path.name for path in paths] == [f"{name}.{kind}" for name in names for kind in ("pdf", "png")]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
     for path in paths:
         content = path.read_bytes()
@@ -52,7 +51,10 @@ def test_runs_with_little_in_them(runs: pd.DataFrame, no_curves: pd.DataFrame, t
     dense = runs[(runs["model"] == "tiny_1") & (runs["method"] == "dense") & (runs["metric"] == "perplexity")]
     nothing = runs[runs["status"] != "done"]
     for name, table in (("dense", dense), ("nothing", nothing)):
-        assert all(path.stat().st_size > 1000 for path in write_figures(table, no_curves, tmp_path / name))
+        study = Study(table, no_curves)
+        for figure in FIGURES:
+            draw_figure(figure, study)
+        assert all(path.stat().st_size > 1000 for path in write_figures(study, tmp_path / name, ["sparsity_by_depth"]))
 
 
 def test_same_bytes_twice(runs: pd.DataFrame, tmp_path: Path) -> None:
@@ -101,10 +103,12 @@ def test_layers_show_the_freest_pattern_at_one_sparsity(runs: pd.DataFrame) -> N
 def test_layers_of_learned_masks_are_shown(learned: Tables) -> None:
     panels = [ax for ax in sparsity_by_layer(learned[0]).axes if ax.get_title(loc="left")]
     assert [(ax.get_title(loc="left"), ax.get_title(loc="right")) for ax in panels] == [
-        ("MaskLLM, 2:4, 50 %", "all 50.0 %"),
         ("PATCH-Joint, tiles 128x128, 45 %", "40.5–49.5 %"),
         ("PATCH-Tile, tiles 128x128, 45 %", "40.5–49.5 %"),
     ]
+    runs = learned[0]
+    alone = sparsity_by_layer(runs[runs["method"] == "maskllm"]).axes[0]
+    assert (alone.get_title(loc="left"), alone.get_title(loc="right")) == ("MaskLLM, 2:4, 50 %", "all 50.0 %")
 
 
 def drawn(ax: plt.Axes) -> list[plt.Line2D]:
@@ -155,6 +159,80 @@ def test_without_learned_masks_the_figure_says_so(no_curves: pd.DataFrame) -> No
 
 
 def test_every_method_has_its_own_look() -> None:
-    assert set(_STYLES) == set(METHODS) - {"dense"}
-    assert len({marker for _, marker, _ in _STYLES.values()}) == len(_STYLES)
-    assert len({(place, line) for place, _, line in _STYLES.values()}) == len(_STYLES)  # the palette has ten colours
+    assert set(STYLES) == set(METHODS) - {"dense"}
+    assert len({marker for _, marker, _ in STYLES.values()}) == len(STYLES)
+    assert len({(place, line) for place, _, line in STYLES.values()}) == len(STYLES)  # the palette has ten colours
+
+
+def test_depth_has_a_line_per_target_with_the_blocks_sparsities(learned: Tables) -> None:
+    figure = sparsity_by_depth(learned[0])
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["PATCH-Joint", "PATCH-Tile"]
+    lines = drawn(figure.axes[0])
+    assert [list(line.get_ydata()) for line in lines] == [
+        pytest.approx([target + 3 * (block - 1.5) for block in range(4)]) for target in (45, 35, 25)
+    ]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["target 45 %", "target 35 %", "target 25 %"]
+
+
+def test_kinds_are_in_the_order_of_a_block_and_seeds_give_bars(learned: Tables) -> None:
+    runs = learned[0][learned[0]["method"] == "patch_joint"]
+    other = runs.assign(seed=1, cell=runs["cell"] + "/seed-1", value=runs["value"] + 0.02)
+    figure = sparsity_by_module(pd.concat([runs, other], ignore_index=True))
+    ax = figure.axes[0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["q", "o", "up", "down"]
+    line, _, (bars,) = ax.containers[0]
+    assert list(line.get_ydata()) == pytest.approx([46.0] * 4)
+    low, high = bars.get_segments()[0][:, 1]
+    assert high - low == pytest.approx(2 * 2**0.5)  # a standard deviation of 2 / sqrt(2) points, both ways
+
+
+def test_without_tiles_depth_says_so(runs: pd.DataFrame) -> None:
+    assert [text.get_text() for text in sparsity_by_depth(runs).axes[0].texts] == ["No learned tiles in this run."]
+
+
+def test_an_ablation_has_ours_and_hollow_published_points(learned: Tables) -> None:
+    runs = learned[0]
+    own = runs[(runs["method"] == "patch_joint") & (runs["sparsity"] == 45)]
+    small = own.assign(pattern="tiles:64x64", cell=own["cell"] + "-64")
+    figure = draw_figure("tile_size", Study(pd.concat([runs, small], ignore_index=True)))
+    (ax,) = figure.axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["128", "64"]
+    assert ax.get_xlabel() == "Edge of the tiles, weights"
+    ours, published = (line for line in drawn(ax) if line.get_marker() == "o")
+    assert list(ours.get_ydata()) == pytest.approx([14.73, 14.73])
+    assert list(published.get_ydata()) == pytest.approx([14.57, 14.66])
+    assert published.get_markerfacecolor() == "white"
+    assert published.get_linestyle() == "None"
+
+
+def test_an_ablation_with_one_choice_says_so(learned: Tables) -> None:
+    texts = draw_figure("density_target", Study(*learned)).axes[0].texts
+    assert [text.get_text() for text in texts] == ["No model of this run was measured with more than one choice."]
+
+
+def test_speed_of_layers_and_generation(learned: Tables) -> None:
+    layer = {"out_features": 64, "in_features": 32, "kernel": "decode", "sparsity_percent": 44.98}
+    layer |= {"us": 1.0, "dense_us": 2.0}
+    layers = pd.DataFrame([{**layer, "tokens": tokens, "speedup": speed} for tokens, speed in ((1, 2.0), (16, 1.5))])
+    figure = draw_figure("layer_speed", Study(learned[0], layers=layers))
+    assert figure.axes[0].get_title(loc="left") == "64 × 32"
+    assert [list(line.get_ydata()) for line in drawn(figure.axes[0])] == [[2.0, 1.5]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["45 %"]
+    figure = draw_figure("throughput", Study(learned[0]))
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["published: LLaMA-2-7B"]
+    a6000 = drawn(figure.axes[0])[0]
+    assert list(a6000.get_xdata()) == [25, 35, 45]
+    assert [round(value, 2) for value in a6000.get_ydata()] == [1.18, 1.27, 1.38]
+
+
+def test_variants_of_ablations_stay_out_of_the_overview(learned: Tables) -> None:
+    runs = learned[0]
+    more = runs[runs["method"] == "patch_joint"].assign(variant="per-block")
+    both = Study(pd.concat([runs, more.assign(cell=more["cell"] + "/per-block")], ignore_index=True))
+    names = [text.get_text() for text in draw_figure("perplexity_vs_sparsity", both).legends[0].get_texts()]
+    assert not [name for name in names if "per-block" in name]
+
+
+def test_unknown_figures_are_told_with_the_known_ones(learned: Tables) -> None:
+    with pytest.raises(PatchError, match=r"figure 'tiles': unknown; choose of perplexity_vs_sparsity, .*tile_size"):
+        draw_figure("tiles", Study(*learned))

@@ -25,12 +25,17 @@ def test_track(
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "accuracy.md").write_text("| a |")
     artifacts = [tmp_path / "tables"]
+    mask = tmp_path / "results" / "synthetic" / "qwen" / "sparsegpt" / "50-2of4" / "prune" / "mask.safetensors"
+    mask.parent.mkdir(parents=True)
+    mask.write_bytes(b"mask")
 
     # 2 dense, 3 + 2 pruned, 1 more seed, 1 learned; the missing and the excluded cell are not written
-    assert track(runs, curves, uri, artifacts) == {"new": 9, "changed": 0, "unchanged": 0}
+    assert track(runs, curves, uri, artifacts, tmp_path / "results") == {"new": 9, "changed": 0, "unchanged": 0}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results", "tables"]
     kept = list((tmp_path / "results" / "mlflow-artifacts" / "synthetic").glob("*/artifacts/tables/accuracy.md"))
     assert [path.read_text() for path in kept] == ["| a |"]
+    kept = list((tmp_path / "results" / "mlflow-artifacts" / "synthetic").glob("*/artifacts/mask.safetensors"))
+    assert [path.read_bytes() for path in kept] == [b"mask"]
 
     from mlflow import MlflowClient
 
@@ -52,7 +57,7 @@ def test_track(
     assert "gpu" not in run.data.tags
     assert run.data.params == {
         "model": "qwen", "source": "Qwen/Qwen2.5-0.5B", "method": "sparsegpt", "pattern": "2:4", "sparsity": "50",
-        "variant": "default", "seed": "0",
+        "variant": "default", "compression": "none", "seed": "0",
     }  # fmt: skip
     metrics = run.data.metrics
     assert metrics["perplexity.wikitext2"] == pytest.approx(36.0)
@@ -79,7 +84,7 @@ def test_track(
     }  # fmt: skip
 
     # nothing changed: nothing is written
-    assert track(runs, curves, uri, artifacts) == {"new": 0, "changed": 0, "unchanged": 9}
+    assert track(runs, curves, uri, artifacts, tmp_path / "results") == {"new": 0, "changed": 0, "unchanged": 9}
     assert {name: other.info.run_id for name, other in stored("cell").items()} == {
         name: other.info.run_id for name, other in cells.items()
     }
@@ -90,7 +95,7 @@ def test_track(
     runs.loc[own, "value"] = 35.0
     curves.loc[(curves["cell"] == "qwen/patch_joint/45-tiles128x128") & (curves["step"] == 7), "loss"] = 1.0
     (tmp_path / "tables" / "accuracy.md").write_text("| b |")
-    assert track(runs, curves, uri, artifacts) == {"new": 0, "changed": 2, "unchanged": 7}
+    assert track(runs, curves, uri, artifacts, tmp_path / "results") == {"new": 0, "changed": 2, "unchanged": 7}
     again = stored("cell")
     replaced = {name for name, other in again.items() if other.info.run_id != cells[name].info.run_id}
     assert replaced == {"qwen/sparsegpt/50-2of4", "qwen/patch_joint/45-tiles128x128"}

@@ -3,6 +3,7 @@
 
 localrules:
     collect,
+    collect_target,
     mlflow,
 
 
@@ -14,6 +15,7 @@ rule collect:
         parquet=f"{RUN}/runs.parquet",
         csv=f"{RUN}/runs.csv",
         curves=f"{RUN}/curves.parquet",
+        paired=f"{RUN}/paired.parquet",
         experiment=f"{RUN}/experiment.json",
     log:
         f"{LOGS}/collect.log",
@@ -28,10 +30,23 @@ rule collect:
         "python -m patch collect {params.options} --output {output.parquet} > {log} 2>&1"
 
 
+# With the cells of one table or figure only; the others are listed as not run.
+use rule collect as collect_target with:
+    output:
+        parquet=f"{RUN}/targets/{{target}}/runs.parquet",
+        csv=f"{RUN}/targets/{{target}}/runs.csv",
+        curves=f"{RUN}/targets/{{target}}/curves.parquet",
+        paired=f"{RUN}/targets/{{target}}/paired.parquet",
+        experiment=f"{RUN}/targets/{{target}}/experiment.json",
+    log:
+        f"{LOGS}/targets/{{target}}/collect.log",
+    benchmark:
+        f"{LOGS}/targets/{{target}}/collect.tsv"
+
+
 rule mlflow:
     input:
-        runs=f"{RUN}/runs.parquet",
-        curves=f"{RUN}/curves.parquet",
+        runs=RUNS,
         artifacts=TABLES + FIGURES,
     output:
         f"{RUN}/mlflow.json",
@@ -48,4 +63,5 @@ rule mlflow:
         ),
         code=code_hash("report"),
     shell:
-        "python -m patch mlflow {input.runs} --uri {params.uri} {params.artifacts} --output {output} > {log} 2>&1"
+        "python -m patch mlflow {input.runs} --uri {params.uri} --masks results {params.artifacts} --output {output}"
+        " > {log} 2>&1"

@@ -17,6 +17,7 @@ from patch.cluster.site import Gpu, load_site
 from patch.experiments import load_experiment
 from patch.methods import METHODS
 from patch.provenance import code_hash
+from patch.reporting import targets
 
 # A large grid makes millions of objects that live to the end; looking for garbage among them takes a sixth of the time.
 # It is looked for again when jobs run (`onstart`), but not among these.
@@ -50,30 +51,50 @@ GPUS = int(
     )
 )
 
-TABLE_NAMES = ["accuracy", "tasks"]
+BENCHMARKS = (
+    EXPERIMENT.benchmarks.sections
+    if GPUS or EXPERIMENT.benchmarks.without_gpu == "run"
+    else {}
+)
+
+
+def of_checkout(path):
+    """A file of the checkout, as seen from the working directory."""
+    return os.path.relpath(Path(workflow.basedir, path))
+
+
+def shown_targets(known):
+    """The names of the targets that have something to show: cells of this grid, or speed of the paper's models."""
+    sources = {setting["source"] for setting in SETTINGS}
+    measured = EXPERIMENT.runs or TIMED or sources & {*targets.SMALL, *targets.LARGE}
+    return [
+        name
+        for name, target in known.items()
+        if any(target.chosen(SETTINGS))
+        or (measured and target.benchmark in {Path(path).name for path in MEASURED})
+    ]
+
+
+# Where the results are read from, and the measurements of speed: the run's own, or those of the checkout.
+RUNS = of_checkout(EXPERIMENT.runs) if EXPERIMENT.runs else f"{RUN}/runs.parquet"
+TIMED = [name for name in ("layers", "generation") if name in BENCHMARKS]
+SPEED = f"{RUN}/benchmarks" if TIMED else of_checkout("results/reference")
+MEASURED = [
+    f"{SPEED}/{name}.csv"
+    for name in TIMED or ("layers", "generation")
+    if TIMED or Path(f"{SPEED}/{name}.csv").exists()
+]
+SETTINGS = [targets.setting_of(cell) for cell in GRID.cells]
+TABLE_NAMES = shown_targets(targets.TABLES)
 TABLES = expand(
     f"{RUN}/tables/{{name}}.{{form}}",
     name=TABLE_NAMES,
     form=["csv", "md", "tex", "html"],
 )
-FIGURE_NAMES = [
-    "perplexity_vs_sparsity",
-    "accuracy_vs_sparsity",
-    "sparsity_by_layer",
-    "training_curves",
-]
+FIGURE_NAMES = shown_targets(targets.FIGURES)
 FIGURES = expand(
     f"{RUN}/figures/{{name}}.{{form}}", name=FIGURE_NAMES, form=["pdf", "png"]
 )
-# As the HTML report lists them.
-TITLES = {
-    "accuracy": "Perplexity and mean accuracy",
-    "tasks": "Accuracy by task",
-    "perplexity_vs_sparsity": "Perplexity against sparsity",
-    "accuracy_vs_sparsity": "Accuracy against sparsity",
-    "sparsity_by_layer": "Sparsity by layer",
-    "training_curves": "Training curves",
-}
 
 # Braces would be placeholders.
 if "SLURM_JOB_ID" in os.environ and SITE.setup:
@@ -81,6 +102,11 @@ if "SLURM_JOB_ID" in os.environ and SITE.setup:
 
 if workflow.is_main_process:
     logger.info(f"{EXPERIMENT.name}: {GRID.summary()}")
+    if EXPERIMENT.benchmarks.sections and not BENCHMARKS:
+        logger.info(
+            f"  skipped: benchmarks of {', '.join(EXPERIMENT.benchmarks.sections)} (no GPU; `without_gpu: run` under"
+            " `benchmarks` runs them on the CPU)"
+        )
 
 
 def collect_garbage_again():
@@ -297,6 +323,52 @@ def task_options():
     ]
 
 
+def benchmark_parts(wildcards):
+    """The files that a benchmark's table is joined from: of random tiles, then of cells' masks."""
+    folder = f"{RUN}/benchmarks/{wildcards.benchmark}"
+    section = BENCHMARKS[wildcards.benchmark]
+    cells = GRID.cells if section.takes_masks else []
+    return [f"{folder}/random/{shape}.csv" for shape in section.shapes] + [
+        f"{folder}/masks/{cell.path}.csv"
+        for cell in cells
+        if EXPERIMENT.benchmarks.measures(cell)
+    ]
+
+
+def random_benchmark_options(wildcards):
+    section = BENCHMARKS[wildcards.benchmark]
+    options = [*section.options(), *section.random_options()]
+    name = "--model" if wildcards.benchmark == "memory" else "--shape"
+    return shlex.join([name, wildcards.shape, *options, *_benchmark_device(wildcards)])
+
+
+def mask_benchmark_inputs(wildcards):
+    cell = CELLS[wildcards.cell]
+    model = [] if wildcards.benchmark == "layers" else cell_model(wildcards)
+    return {"mask": mask_file(cell), "model": model}
+
+
+def mask_benchmark_options(wildcards, input):
+    options = BENCHMARKS[wildcards.benchmark].options()
+    name = "--model" if wildcards.benchmark == "memory" else "--shape"
+    model = [name, input.model] if input.model else []
+    return shlex.join(
+        [*model, "--mask", input.mask, *options, *_benchmark_device(wildcards)]
+    )
+
+
+def _benchmark_device(wildcards):
+    """Learning masks is timed on GPUs only, and has no option for it."""
+    return [] if wildcards.benchmark == "learning" else ["--device", EXPERIMENT.device]
+
+
+def all_gpus():
+    """On this machine all of the `gpu` resource, so that nothing else that computes runs; on a cluster jobs have
+    theirs."""
+    here = workflow.global_resources.get("gpu") if workflow.local_exec else None
+    return max(GPUS, here.value or 1) if GPUS and here is not None else GPUS
+
+
 def cluster_resources(stage):
     """What a rule's jobs ask of a cluster, by the names that Slurm executors know. Runs on one machine ignore it."""
     computes = bool(GPUS) and stage != "prepare"
@@ -325,12 +397,13 @@ def learning_resources():
 
 
 def _needs(stage, wildcards, attempt=1):
-    return _needs_of(stage, wildcards.get("cell") or wildcards.get("model"), attempt)
+    name = wildcards.get("cell") or wildcards.get("model") or wildcards.get("shape")
+    return _needs_of(stage, name, attempt)
 
 
 @functools.lru_cache(maxsize=1024)
 def _needs_of(stage, name, attempt):
-    """name: the cell, or the model of stages that serve all cells of a model; None for stages without any."""
+    """name: the cell, or the model of stages that serve all cells of a model, or the shape; None for stages without."""
     gpu = (SITE.gpu or Gpu()) if GPUS else None
     if stage == "prepare":
         model = CELLS[name].model if name in CELLS else name
@@ -340,6 +413,16 @@ def _needs_of(stage, name, attempt):
         tokens = text.samples * text.length * text.generated
         return needs.generation(
             _parameters(name), tokens, gpu, EXPERIMENT.threads, attempt
+        )
+    if stage == "benchmark":
+        return needs.benchmark(
+            (
+                _parameters(CELLS[name].model)
+                if name in CELLS
+                else needs.parameters_in_name(name)
+            ),
+            gpu,
+            attempt,
         )
     cell = CELLS[name]
     return needs.stage(
@@ -358,11 +441,11 @@ def _parameters(model):
 
 
 def cell_records(wildcards):
-    """The records of all cells of the grid: what the runs table is made of."""
+    """The records that the runs table is made of: of all cells of the grid, or of those that one target shows."""
     return [
         f"{RUN}/{folder}/record.json"
         for folder in dict.fromkeys(
-            cell.folder(stage) for cell in GRID.cells for stage in cell.stages
+            cell.folder(stage) for cell in _cells_of(wildcards) for stage in cell.stages
         )
     ]
 
@@ -370,9 +453,27 @@ def cell_records(wildcards):
 def cell_curves(wildcards):
     return [
         f"{RUN}/{cell.path}/learn/curves.parquet"
-        for cell in GRID.cells
+        for cell in _cells_of(wildcards)
         if cell.mask_stage == "learn" and not cell.compression_options
     ]
+
+
+def _cells_of(wildcards):
+    name = wildcards.get("target")
+    return GRID.cells if name is None else targets.cells_of(name, GRID.cells)
+
+
+def runs_of_target(wildcards):
+    """The runs table with the cells of one target."""
+    return RUNS if EXPERIMENT.runs else f"{RUN}/targets/{wildcards.target}/runs.parquet"
+
+
+def speed_of_target(wildcards):
+    """The measurements of speed that a target shows; the claims ask for those of generation."""
+    name = wildcards.target
+    target = targets.TABLES.get(name) or targets.FIGURES[name]
+    file = "generation.csv" if name == "claims" else target.benchmark
+    return [path for path in MEASURED if Path(path).name == file]
 
 
 def collect_options():
