@@ -155,16 +155,21 @@ def effective_weight(
     hard: take the most probable pattern alone, and the gradient of the mixture (straight-through).
     gradient: buffer shaped like the logits, float32 or bfloat16, that the backward pass writes, or adds to where
         `sampling.accumulate`; autograd then gets none for the logits. Adding in bfloat16 rounds to nearest.
-    gradient_squares: float32 scalar that the backward pass fills with the sum of squares of what goes into `gradient`,
-        before it is rounded.
+    gradient_squares: float32 [square_sums(weight, tile)] that the backward pass fills: together, the sum of squares of
+        what goes into `gradient`, before it is rounded.
 
     Returns the effective weight in the dtype of `weight`, and a float32 scalar tensor.
     Raises PatchError where shapes or dtypes do not fit.
     """
-    _check(weight, patterns, tile_sample, tile, gradient)
+    _check(weight, patterns, tile_sample, tile, gradient, gradient_squares)
     return _EffectiveWeight.apply(
         weight, patterns, tile_sample, Call(tile, sampling, layer, hard, gradient, gradient_squares)
     )
+
+
+def square_sums(weight: Tensor, tile: tuple[int, int]) -> int:
+    """Number of partial sums in `gradient_squares`; the caller adds up those of all layers at once."""
+    return int(_backend(weight).programs(weight, tile))
 
 
 def reference(
@@ -222,6 +227,11 @@ def _backend(weight: Tensor) -> Any:
 
         return soft_mask_triton
     return sys.modules[__name__]
+
+
+def programs(weight: Tensor, tile: tuple[int, int]) -> int:
+    """Parts of a layer that are worked on independently."""
+    return 1
 
 
 def forward(weight: Tensor, patterns: Tensor, tile_sample: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
@@ -347,7 +357,12 @@ _PATTERNS_WITH = [kept.nonzero().flatten().tolist() for kept in PATTERNS_2_4.T]
 
 
 def _check(
-    weight: Tensor, patterns: Tensor, tile_sample: Tensor | None, tile: tuple[int, int], gradient: Tensor | None
+    weight: Tensor,
+    patterns: Tensor,
+    tile_sample: Tensor | None,
+    tile: tuple[int, int],
+    gradient: Tensor | None,
+    gradient_squares: Tensor | None,
 ) -> None:
     out_features, in_features = weight.shape
     if in_features % 4:
@@ -365,3 +380,8 @@ def _check(
         raise PatchError(f"tile {tile[0]}x{tile[1]}: the width must be a multiple of 4.")
     if tile_sample is not None and tuple(tile_sample.shape) != grid:
         raise PatchError(f"tile sample of shape {tuple(tile_sample.shape)}: this weight needs {grid}.")
+    if gradient_squares is not None and tuple(gradient_squares.shape) != (square_sums(weight, tile),):
+        raise PatchError(
+            f"sums of squares of shape {tuple(gradient_squares.shape)}: this weight needs "
+            f"{(square_sums(weight, tile),)}."
+        )

@@ -6,7 +6,7 @@ owns whole groups and 16 bytes of bfloat16 weights, so that nothing moves betwee
 `steps` such blocks, loading ahead. Special functions are the GPU's approximations. The noise is `philox.spacings`: up
 to a shift that the six of a group share, their logarithm is that of exponentials, which would take a second one.
 
-Sums are deterministic. Those of squares are finished by the last program to arrive, in a fixed order. A program stays
+Sums are deterministic. That of (W * M)^2 is finished by the last program to arrive, in a fixed order. A program stays
 inside one tile where the tile size allows it, and the sums of the tiles are then one small reduction; other tile sizes
 go through a buffer with one entry per group.
 """
@@ -32,10 +32,12 @@ if TYPE_CHECKING:
 
 ROWS, GROUPS, WARPS = 8, 32, 4
 MOST_STEPS = 16
+STAGES = 2
+"""The next block is loaded meanwhile. One more would take registers, and fewer programs would run at a time."""
 FEWEST_PROGRAMS = 4096
 """Fewer steps per program rather than fewer programs: several per place on the GPU, so that its last wave is short."""
 
-_ROWS, _GROUPS = tl.constexpr(ROWS), tl.constexpr(GROUPS)
+_ROWS, _GROUPS, _STAGES = tl.constexpr(ROWS), tl.constexpr(GROUPS), tl.constexpr(STAGES)
 _SUMMANDS = tl.constexpr(2048)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # bit i of entry j: whether pattern i keeps place j
@@ -196,7 +198,6 @@ def _forward(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     ALIGNED: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     column, strip = tl.program_id(0), tl.program_id(1)
     group = column * _GROUPS + tl.arange(0, _GROUPS)
@@ -206,7 +207,7 @@ def _forward(
     micro_step = tl.load(integers_ptr)
     tile_share = _tile_of_program(tile_ptr, tile_columns, steps, HEIGHT, WIDTH) if ALIGNED else 0.0
     squares = tl.zeros([_ROWS, 4 * _GROUPS], tl.float32)
-    for step in tl.range(steps, num_stages=STAGES):
+    for step in tl.range(steps, num_stages=_STAGES):
         rows = (strip * steps + step) * _ROWS + tl.arange(0, _ROWS)
         offsets = rows[:, None] * groups + group[None, :]
         weights_at = rows[:, None] * (4 * groups) + place[None, :]
@@ -260,9 +261,7 @@ def _backward(
     d_square_sum_ptr,  # float32 [] or None
     d_logits_ptr,  # float [6, out, groups] or None
     d_tile_ptr,  # float32 [strips, columns] if ALIGNED, else [out, groups]
-    square_sum_ptr,  # float32 [] or None: of d_logits
-    partial_ptr,  # as in _forward
-    arrivals_ptr,
+    squares_ptr,  # float32 [programs] or None: sums of the squares of d_logits
     reals_ptr,
     integers_ptr,
     seed,
@@ -277,7 +276,6 @@ def _backward(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     ALIGNED: tl.constexpr,
-    STAGES: tl.constexpr,
     BUFFER: tl.constexpr,
 ):
     column, strip = tl.program_id(0), tl.program_id(1)
@@ -293,7 +291,7 @@ def _backward(
     tile_share = _tile_of_program(tile_ptr, tile_columns, steps, HEIGHT, WIDTH) if ALIGNED else 0.0
     d_tile = tl.zeros([_ROWS, _GROUPS], tl.float32)
     squares = tl.zeros([_ROWS, _GROUPS], tl.float32)
-    for step in tl.range(steps, num_stages=STAGES):
+    for step in tl.range(steps, num_stages=_STAGES):
         rows = (strip * steps + step) * _ROWS + tl.arange(0, _ROWS)
         offsets = rows[:, None] * groups + group[None, :]
         weights_at = rows[:, None] * (4 * groups) + place[None, :]
@@ -306,10 +304,10 @@ def _backward(
             m0, m1, m2, m3 = _kept_by(tl.load(patterns_ptr + offsets, inside, 0))
         else:
             logits = _load_planes(patterns_ptr, offsets, plane, inside)
-            zero = tl.zeros([_ROWS, _GROUPS], d_logits_ptr.dtype.element_ty)
-            b0, b1, b2, b3, b4, b5 = zero, zero, zero, zero, zero, zero
-            if BUFFER and accumulate:
-                b0, b1, b2, b3, b4, b5 = _load_planes(d_logits_ptr, offsets, plane, inside)
+            if BUFFER:
+                before = _load_planes(d_logits_ptr, offsets, plane, inside & accumulate)
+            else:
+                before = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
             p0, p1, p2, p3, p4, p5, inverse, code = _soft_probabilities(
                 logits, offsets, seed, layer, micro_step, rank, scale, inverse_temperature
             )
@@ -340,16 +338,16 @@ def _backward(
             # the mean over the patterns of what each keeps of d0 to d3 is the mean of d under the soft mask
             factor = slope * (1 - t) * inverse
             c1, c2, c3 = d1 - mean, d2 - mean, d3 - mean
-            x0, x1 = b0 + p0 * factor * (d0 + c1), b1 + p1 * factor * (d0 + c2)
-            x2, x3 = b2 + p2 * factor * (d0 + c3), b3 + p3 * factor * (d1 + c2)
-            x4, x5 = b4 + p4 * factor * (d1 + c3), b5 + p5 * factor * (d2 + c3)
+            x0, x1 = before[0] + p0 * factor * (d0 + c1), before[1] + p1 * factor * (d0 + c2)
+            x2, x3 = before[2] + p2 * factor * (d0 + c3), before[3] + p3 * factor * (d1 + c2)
+            x4, x5 = before[4] + p4 * factor * (d1 + c3), before[5] + p5 * factor * (d2 + c3)
             _store_planes(d_logits_ptr, offsets, plane, inside, x0, x1, x2, x3, x4, x5)
-            if square_sum_ptr is not None:
+            if squares_ptr is not None:
                 squares += x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3 + x4 * x4 + x5 * x5
     if ALIGNED:
         tl.store(d_tile_ptr + strip * tl.num_programs(0) + column, tl.sum(d_tile))
-    if square_sum_ptr is not None:
-        _finish_sum(tl.sum(squares), square_sum_ptr, partial_ptr, arrivals_ptr)
+    if squares_ptr is not None:
+        tl.store(squares_ptr + strip * tl.num_programs(0) + column, tl.sum(squares))
 
 
 class _Plan(NamedTuple):
@@ -388,6 +386,12 @@ def _divides(part: int, size: int, whole: int) -> bool:
     return size % part == 0 or size >= whole
 
 
+def programs(weight: Tensor, tile: tuple[int, int]) -> int:
+    """As `soft_mask.programs`."""
+    plan = _Plan.of(weight, tile)
+    return plan.columns * plan.strips
+
+
 def forward(weight: Tensor, patterns: Tensor, tile_sample: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
     """As `soft_mask.forward`."""
     plan, sampling = _Plan.of(weight, call.tile), call.sampling
@@ -402,7 +406,7 @@ def forward(weight: Tensor, patterns: Tensor, tile_sample: Tensor | None, call: 
         square_sum,
         partial,
         sampling.arrivals,
-        **_common(weight, patterns, tile_sample, call, plan),
+        **_common(weight, tile_sample, call, plan),
     )
     return effective, square_sum
 
@@ -424,9 +428,6 @@ def backward(
     if tile_sample is not None:
         parts = (plan.strips, plan.columns) if plan.aligned else (weight.shape[0], weight.shape[1] // 4)
         d_tile = torch.empty(parts, dtype=torch.float32, device=weight.device)
-    partial = None
-    if call.gradient_squares is not None:
-        partial = weight.new_empty(plan.columns * plan.strips, dtype=torch.float32)
     _backward[plan.columns, plan.strips](
         patterns.contiguous(),
         weight.contiguous(),
@@ -436,9 +437,7 @@ def backward(
         d_logits,
         d_tile,
         call.gradient_squares,
-        partial,
-        call.sampling.arrivals,
-        **_common(weight, patterns, tile_sample, call, plan),
+        **_common(weight, tile_sample, call, plan),
         BUFFER=call.gradient is not None,
     )
     if d_tile is not None and plan.aligned:
@@ -448,7 +447,7 @@ def backward(
     return d_logits if call.gradient is None else None, d_tile
 
 
-def _common(weight: Tensor, patterns: Tensor, tile_sample: Tensor | None, call: Call, plan: _Plan) -> dict[str, Any]:
+def _common(weight: Tensor, tile_sample: Tensor | None, call: Call, plan: _Plan) -> dict[str, Any]:
     return {
         "reals_ptr": call.sampling.reals,
         "integers_ptr": call.sampling.integers,
@@ -464,8 +463,6 @@ def _common(weight: Tensor, patterns: Tensor, tile_sample: Tensor | None, call: 
         "HEIGHT": call.tile[0],
         "WIDTH": call.tile[1],
         "ALIGNED": plan.aligned and tile_sample is not None,
-        # loads of the next blocks are under way meanwhile: more of them where each is of fewer bytes
-        "STAGES": 2 if patterns.dtype == torch.float32 else 3,
         "num_warps": WARPS,
     }
 
