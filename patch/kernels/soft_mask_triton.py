@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patch.kernels.triton_functions import exp2, log2, philox, reciprocal
+from patch.kernels.triton_functions import exp2, high_bytes, log2, philox, reciprocal, to_float
 from patch.sparsity.packing import PATTERNS_2_4
 from patch.sparsity.tiles import grid_shape, tile_sums
 
@@ -77,7 +77,7 @@ def _beside(x, y):
 def _spacings(r0, r1, r2, r3):
     """As `philox.spacings`. No two of the numbers are equal, and every difference is exact."""
     u0, u1, u2, u3 = _uniform(r0, 1), _uniform(r1, 2), _uniform(r2, 3), _uniform(r3, 4)
-    u4 = _uniform(r0 >> 24 << 16 | r1 >> 24 << 8 | r2 >> 24, 5)
+    u4 = _uniform(high_bytes(r0, r1, r2), 5)
     u0, u3 = _ascending(u0, u3)
     u1, u4 = _ascending(u1, u4)
     u0, u2 = _ascending(u0, u2)
@@ -92,25 +92,25 @@ def _spacings(r0, r1, r2, r3):
 
 @triton.jit
 def _load_planes(pointer, offsets, plane, inside):
-    """One block of each of the six planes."""
-    x0 = tl.load(pointer + offsets, inside, 0)
-    x1 = tl.load(pointer + plane + offsets, inside, 0)
-    x2 = tl.load(pointer + 2 * plane + offsets, inside, 0)
-    x3 = tl.load(pointer + 3 * plane + offsets, inside, 0)
-    x4 = tl.load(pointer + 4 * plane + offsets, inside, 0)
-    x5 = tl.load(pointer + 5 * plane + offsets, inside, 0)
+    """One block of each of the six planes, in float32."""
+    x0 = to_float(tl.load(pointer + offsets, inside, 0))
+    x1 = to_float(tl.load(pointer + plane + offsets, inside, 0))
+    x2 = to_float(tl.load(pointer + 2 * plane + offsets, inside, 0))
+    x3 = to_float(tl.load(pointer + 3 * plane + offsets, inside, 0))
+    x4 = to_float(tl.load(pointer + 4 * plane + offsets, inside, 0))
+    x5 = to_float(tl.load(pointer + 5 * plane + offsets, inside, 0))
     return x0, x1, x2, x3, x4, x5
 
 
 @triton.jit
 def _soft_probabilities(logits, offsets, seed, layer, micro_step, rank, scale, inverse_temperature):
     """Six probabilities of each group, to be multiplied by the seventh result, and the code of the largest."""
-    r0, r1, r2, r3 = philox(_beside(offsets, logits[0].to(tl.float32)), layer, micro_step, rank, seed)
+    r0, r1, r2, r3 = philox(_beside(offsets, logits[0]), layer, micro_step, rank, seed)
     e0, e1, e2, e3, e4, e5 = _spacings(r0, r1, r2, r3)
     # log2 of exp(scale * l + g), up to a constant
-    y0, y1 = logits[0].to(tl.float32) * scale - log2(e0), logits[1].to(tl.float32) * scale - log2(e1)
-    y2, y3 = logits[2].to(tl.float32) * scale - log2(e2), logits[3].to(tl.float32) * scale - log2(e3)
-    y4, y5 = logits[4].to(tl.float32) * scale - log2(e4), logits[5].to(tl.float32) * scale - log2(e5)
+    y0, y1 = logits[0] * scale - log2(e0), logits[1] * scale - log2(e1)
+    y2, y3 = logits[2] * scale - log2(e2), logits[3] * scale - log2(e3)
+    y4, y5 = logits[4] * scale - log2(e4), logits[5] * scale - log2(e5)
     largest = tl.maximum(tl.maximum(tl.maximum(y0, y1), tl.maximum(y2, y3)), tl.maximum(y4, y5))
     code = tl.where(y3 == largest, 3, tl.where(y4 == largest, 4, 5))
     code = tl.where(y0 == largest, 0, tl.where(y1 == largest, 1, tl.where(y2 == largest, 2, code)))
