@@ -18,10 +18,10 @@ class InputNorm:
         self.sequences = 0
 
     def add(self, inputs: Tensor) -> None:
-        # of every sequence in one pass, without a copy in float32
-        norms = torch.linalg.vector_norm(inputs, dim=-2, dtype=torch.float32)
-        self.sum_of_squares += norms.square().reshape(-1, inputs.shape[-1]).sum(dim=0)
-        self.sequences += inputs.shape[0] if inputs.dim() > 2 else 1
+        sequences = inputs.reshape(-1, *inputs.shape[-2:])
+        for tokens in sequences:  # of which one at a time is in float32
+            self.sum_of_squares += torch.linalg.vector_norm(tokens, dim=0, dtype=torch.float32).square()
+        self.sequences += len(sequences)
 
     def mean(self) -> Tensor:
         return self.sum_of_squares / self.sequences
@@ -46,7 +46,7 @@ class WandaPruner:
 
 def score(weight: Tensor, squared_norms: Tensor) -> Tensor:
     """|w_ij| * sqrt(a_j) in float32; weight [out, in], squared_norms [in]."""
-    return weight.float().abs() * squared_norms.sqrt()
+    return weight.float().abs().mul_(squared_norms.sqrt())
 
 
 def shift_zeros(squared_norms: Tensor) -> Tensor:

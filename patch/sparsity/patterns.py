@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+SCORES_PER_CHUNK = 2**22
+"""Scores that are ranked at a time, in whole rows: ranking takes some 17 bytes for each."""
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -154,6 +157,9 @@ def drop_lowest(scores: Tensor, count: int) -> Tensor:
 
     if count == 0:
         return torch.ones_like(scores, dtype=torch.bool)
+    rows = max(1, SCORES_PER_CHUNK // scores.shape[1])
+    if len(scores) > rows:
+        return torch.cat([drop_lowest(part, count) for part in scores.split(rows)])
     if scores.is_cuda and len(scores) == 1:  # kthvalue leaves a row to a single multiprocessor
         threshold = scores.sort(dim=1).values[:, count - 1 : count]
     else:

@@ -13,7 +13,12 @@ from patch.kernels.hybrid.hopper import DecodeTuning
 pytestmark = pytest.mark.gpu
 
 SHAPES = [(128, 64), (129, 136), (1000, 72), (896, 4864), (4096, 512), (300, 2000)]
-TUNINGS = [DecodeTuning(rows, blocks, kib, True) for rows in (1, 2) for blocks, kib in ((1, 226), (2, 112))]
+TUNINGS = {  # and numbers of tokens that they are compiled for
+    DecodeTuning(1, 111): (5, 16),
+    DecodeTuning(1, 225): (32, 64, 128),
+    DecodeTuning(2, 111): (5, 16, 32, 64),
+    DecodeTuning(2, 225): (5, 16, 32, 64),
+}
 
 
 def packed(shape, share, dtype=torch.bfloat16) -> HybridWeight:
@@ -55,7 +60,7 @@ def test_decode(shape, share, dtype):
 def test_decode_whatever_its_tuning_repeats_bit_for_bit(tuning):
     for shape in [(129, 136), (4096, 512), (896, 4864)]:
         weight = packed(shape, 0.5)
-        for tokens in (5, 16, 32, 64, 128)[: 5 if tuning.rows == 1 else 4]:
+        for tokens in TUNINGS[tuning]:
             x, bias = inputs(weight, tokens, tokens)
             y = decode(x, weight, bias, tuning)
             assert_product(y, x, weight, bias)
@@ -63,16 +68,38 @@ def test_decode_whatever_its_tuning_repeats_bit_for_bit(tuning):
                 assert torch.equal(decode(x, weight, bias, tuning), y)
 
 
-@pytest.mark.parametrize("cluster", [1, 2, 4])
+def test_decode_refuses_tunings_that_it_is_not_compiled_for():
+    weight = packed((256, 136), 0.5)
+    x, _ = inputs(weight, 128, 0)
+    for tokens, tuning in [(16, DecodeTuning(1, 225)), (64, DecodeTuning(1, 111)), (128, DecodeTuning(2, 225))]:
+        with pytest.raises(PatchError, match="no such tuning"):
+            decode(x[:tokens], weight, None, tuning)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("share", [0, 0.5, 1])
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[0] % 8 == 0], ids=str)
-def test_prefill(shape, share, dtype, cluster):
+def test_prefill(shape, share, dtype):
     weight = packed(shape, share, dtype)
     for tokens in (1, 255, 256, 700, 4500):
         x, bias = inputs(weight, tokens, tokens)
-        assert_product(prefill(x, weight, None, cluster), x, weight)
-        assert_product(prefill(x, weight, bias, cluster), x, weight, bias)
+        assert_product(prefill(x, weight), x, weight)
+        assert_product(prefill(x, weight, bias), x, weight, bias)
+
+
+def test_decode_calls_that_overlap_give_what_they_give_alone():
+    first, second = packed((4096, 512), 0.5), packed((512, 4096), 0.5)
+    for tokens in (5, 64):
+        x, _ = inputs(first, tokens, 0)
+        alone = x
+        for _ in range(20):
+            alone = decode(decode(alone, first), second)
+            torch.cuda.synchronize()
+        for _ in range(10):
+            y = x
+            for _ in range(20):
+                y = decode(decode(y, first), second)
+            assert torch.equal(y, alone)
 
 
 @pytest.mark.parametrize("kernel", [decode, prefill])

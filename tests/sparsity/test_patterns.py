@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patch.artefacts import PatchError
+from patch.sparsity import patterns
 from patch.sparsity.patterns import Pattern, keep_largest, keep_n_of_column, keep_n_of_m, pruned_count
 
 GROUPS = [(1, 4), (2, 4), (3, 4), (4, 8)]
@@ -156,6 +157,13 @@ def test_keep_largest_is_a_sort_per_row(data):
 def test_keep_largest_is_exact_where_all_scores_are_equal():
     keep = keep_largest(torch.zeros(3, 10), 0.3)
     assert keep.tolist() == [[False] * 3 + [True] * 7] * 3
+
+
+def test_chunks_of_rows_do_not_show(monkeypatch):
+    scores = torch.randn(7, 12, generator=torch.Generator().manual_seed(0))
+    whole = keep_largest(scores, 0.4)
+    monkeypatch.setattr(patterns, "SCORES_PER_CHUNK", 25)
+    assert torch.equal(keep_largest(scores, 0.4), whole)
 
 
 def test_keep_largest_keeps_all_at_zero_sparsity():

@@ -1,164 +1,249 @@
 // y = x W^T + bias for 1 to 128 tokens, at the speed of reading W.
 //
-// Blocks take equal shares, in bytes, of the stream of W's tiles. One warp keeps a ring of tiles filled through the copy
-// engine; two groups of four warps multiply them by wgmma, W's rows along M and tokens along N:
+// Blocks take equal shares, in bytes, of the stream of W's tiles:
 //
-//                 columns of W ->                              ring in shared memory
-//     rows 0-127    | 0 0 0 0 0 0 1 1 1 1 1 1 |        +--------+--------+--------+--------+
-//     rows 128-255  | 1 2 2 2 2 2 2 3 3 3 3 3 |        | tile,x | tile,x | tile,x | tile,x | <- copy engine
-//     (the number is the block that takes the tile)    +--------+--------+--------+--------+ -> tensor cores
+//                 columns of W ->
+//     rows 0-127    | 0 0 0 0 0 0 1 1 1 1 1 1 |     (the number is the block that takes the tile)
+//     rows 128-255  | 1 2 2 2 2 2 2 3 3 3 3 3 |
 //
-// A "unit" is ROWS tiles under one another and the 64 columns of x that they need. Blocks that share rows of tiles leave
-// partial sums in float32; the last to arrive adds them up, always in the same order, so that results repeat bit for
-// bit, and sets the counter of arrivals back to zero.
+// A unit of work is one or two tiles under one another and the 64 columns of x that they need. One warp keeps a ring of
+// units in shared memory filled through the copy engine. Units lie there one behind the other, 2:4 tiles in less space
+// than dense ones, and none across the ring's end:
+//
+//     | x | tile | tile | x | tile | tile | x | tile | tile | ... free |
+//
+// Two groups of four warps multiply by wgmma, W's rows along M and tokens along N, each 64 of the 128 rows of every tile.
+// Where a block takes no more than half of a multiprocessor's shared memory, the next layer's block moves in beside it
+// and has its ring full of tiles by the time that this layer's result is ready.
 
 #include "hopper.cuh"
 
 constexpr int GROUPS = 2, CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 32;
-constexpr int HEADER = 2;  // of a block's line in the schedule: first unit, end; then its descriptors
+constexpr int SLOTS = 32;  // units in the ring at most, one per lane of the warp that fills it
 
-struct Task {
-    const uint8_t* payload;
-    const int* schedule;  // [blocks + 1, line]; see schedule.py
-    const void* bias;     // [out] or null
-    void* y;              // [tokens, out]
-    float4* partial_sums;  // [2 blocks, tokens per wgmma * ROWS / 4, CONSUMERS]
-    int* arrivals;         // [rows of units], zero before and after
-    int line, columns, out_features, tokens;
+struct Header {  // of a block's line in the schedule, before the descriptors of its units; see schedule.py
+    int first, end;               // units
+    int slot[2], from[2], to[2];  // partial sums of the rows of units that it starts in and ends in
 };
+constexpr int HEADER = sizeof(Header) / sizeof(int);
 
-template <int N, int ROWS>
-struct Stage {
-    static constexpr uint32_t TILES = ROWS * DENSE_BYTES, BYTES = TILES + N * TILE_COLUMNS * 2;
-};
-
-template <int ROWS, int STAGES>
+template <int ROWS>
 struct Control {
-    uint64_t full[STAGES], empty[STAGES];  // mbarriers
-    volatile uint32_t kinds[STAGES][ROWS];  // descriptors of the tiles in the ring
+    uint64_t full[SLOTS], empty[SLOTS];    // mbarriers
+    volatile uint32_t places[SLOTS];       // where the units are, in bytes from the start of the ring
+    volatile uint32_t kinds[SLOTS][ROWS];  // descriptors of their tiles
     volatile int last;
+
+    __device__ void init() {  // by one thread
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            barrier_init(shared_address(full + slot), 1);
+            barrier_init(shared_address(empty + slot), CONSUMERS / 32);
+        }
+        barrier_init_fence();
+    }
 };
 
-template <typename T, int N, int ROWS, int STAGES>
-__device__ void load(const Task& task, const CUtensorMap& x, uint32_t ring, uint32_t full, uint32_t empty,
-                     volatile uint32_t (*kinds)[ROWS]) {
-    const int lane = threadIdx.x % 32;
-    const int* line = task.schedule + size_t(blockIdx.x) * task.line;
-    const int first = line[0], units = line[1] - first;
-    constexpr int BATCH = 32 / ROWS;  // units whose descriptors the warp holds, one per lane
-    const auto batch = [&](int from) {
-        const int place = from * ROWS + lane;
-        return place < units * ROWS ? line[HEADER + place] : 0;
-    };
-    uint32_t held = batch(0), next = batch(BATCH);
+// Fills the ring; a warp together. Places count on in KiB from round to round of the ring.
+template <int RING_KIB, int ROWS, int TOKENS>
+struct Filler {
+    static constexpr uint32_t X_KIB = TOKENS * TILE_COLUMNS * 2 / 1024;
 
-    const auto load_tiles = [&](int unit) {
-        const int stage = unit % STAGES;
-        uint32_t descriptors[ROWS], bytes = 0;
-#pragma unroll
-        for (int row = 0; row < ROWS; ++row) {
-            descriptors[row] = __shfl_sync(~0u, held, unit % BATCH * ROWS + row);
-            bytes += tile_bytes(descriptors[row]);
-        }
-        if (lane) return;
-#pragma unroll
-        for (int row = 0; row < ROWS; ++row) kinds[stage][row] = descriptors[row];
-        barrier_arrive_expect(full + 8 * stage, bytes + N * TILE_COLUMNS * 2);
-#pragma unroll
-        for (int row = 0; row < ROWS; ++row)
-            if (descriptors[row] != NO_TILE)
-                copy_bytes(ring + stage * Stage<N, ROWS>::BYTES + row * DENSE_BYTES,
-                           tile_address(task.payload, descriptors[row]), tile_bytes(descriptors[row]),
-                           full + 8 * stage, EVICT_FIRST);
-    };
-    const auto load_x = [&](int unit) {
-        const int stage = unit % STAGES;
-        if (!lane)
-            copy_box(ring + stage * Stage<N, ROWS>::BYTES + Stage<N, ROWS>::TILES, x,
-                     (first + unit) % task.columns * TILE_COLUMNS, 0, full + 8 * stage);
-    };
+    const uint8_t* payload;
+    uint32_t ring;
+    Control<ROWS>* control;
+    int unit = 0, oldest = 0;  // the next one; the first that may still be in use
+    uint32_t next = 0;
+    uint32_t begin_in_slot = 0;  // lane i: where the unit in slot i begins
 
-    static_assert(STAGES <= BATCH);
-    const int ahead = units < STAGES ? units : STAGES;
-    for (int unit = 0; unit < ahead; ++unit) load_tiles(unit);
-    wait_for_previous_kernel();  // it may still be writing x; W it does not touch
-    for (int unit = 0; unit < ahead; ++unit) load_x(unit);
-    for (int unit = STAGES; unit < units; ++unit) {
-        if (unit % BATCH == 0) {
-            held = next;
-            next = batch(unit + BATCH);
-        }
-        barrier_wait(empty + 8 * (unit % STAGES), (unit / STAGES - 1) & 1);
-        load_tiles(unit);
-        load_x(unit);
+    // Where a unit with this much of tiles would begin.
+    __device__ uint32_t begin_of(uint32_t tiles_kib) const {
+        const uint32_t left = RING_KIB - next % RING_KIB;
+        return X_KIB + tiles_kib <= left ? next : next + left;
     }
+
+    __device__ bool has_room(uint32_t tiles_kib) const {
+        if (oldest == unit) return true;
+        const uint32_t used_from = __shfl_sync(~0u, begin_in_slot, oldest % SLOTS);
+        return unit - oldest < SLOTS && begin_of(tiles_kib) + X_KIB + tiles_kib - used_from <= RING_KIB;
+    }
+
+    __device__ void make_room(uint32_t tiles_kib) {
+        for (; !has_room(tiles_kib); ++oldest)
+            barrier_wait(shared_address(control->empty + oldest % SLOTS), oldest / SLOTS & 1);
+    }
+
+    // The tiles of the next unit, for which there is room. The payload has them behind one another.
+    __device__ void load_tiles(const uint32_t (&descriptors)[ROWS], uint32_t tiles_kib) {
+        const uint32_t begin = begin_of(tiles_kib), place = begin % RING_KIB * 1024;
+        const int slot = unit % SLOTS, lane = threadIdx.x % 32;
+        if (lane == slot) begin_in_slot = begin;
+        next = begin + X_KIB + tiles_kib;
+        ++unit;
+        if (lane) return;  // the next shuffle brings the warp together again
+        control->places[slot] = place;
+#pragma unroll
+        for (int row = 0; row < ROWS; ++row) control->kinds[slot][row] = descriptors[row];
+        const uint32_t full = shared_address(control->full + slot);
+        barrier_arrive_expect(full, (X_KIB + tiles_kib) * 1024);
+        const uint32_t to = ring + place + X_KIB * 1024;
+        const uint8_t* from = tile_address(payload, descriptors[0]);
+        copy_bytes(to, from, tiles_kib * 1024, full, EVICT_FIRST);
+    }
+
+    // x for a unit whose tiles have been loaded.
+    __device__ void load_x(int unit, const CUtensorMap& x, int column) const {
+        if (threadIdx.x % 32) return;
+        const int slot = unit % SLOTS;
+        copy_box(ring + control->places[slot], x, column * TILE_COLUMNS, 0, shared_address(control->full + slot));
+    }
+};
+
+template <int ROWS>
+__device__ inline uint32_t kib_of_tiles(const uint32_t (&descriptors)[ROWS]) {
+    uint32_t bytes = 0;
+#pragma unroll
+    for (int row = 0; row < ROWS; ++row) bytes += tile_bytes(descriptors[row]);
+    return bytes / 1024;
 }
 
-// d[ROWS][N / 2] += the unit in the ring. With one row of tiles, each group of warps takes half of its 128 rows, else it
-// takes every other row of tiles as two halves.
+// d[ROWS][N / 2] += this group's half of each of the unit's tiles times x; wgmma_wait() waits for it.
 template <typename T, int N, int ROWS>
-__device__ inline void multiply(float (&d)[ROWS][N / 2], uint32_t stage, const volatile uint32_t* kinds, int group) {
-    const uint64_t b = operand_of_128_byte_rows(stage + Stage<N, ROWS>::TILES);
-    const int row_of_tiles = ROWS == 1 ? 0 : group;
-    const uint32_t tile = stage + row_of_tiles * DENSE_BYTES, kind = kinds[row_of_tiles];
-    if (kind & SPARSE_BIT) {
-        uint32_t metadata[ROWS];
+__device__ inline void multiply(float (&d)[ROWS][N / 2], uint32_t ring, const Control<ROWS>* control, int slot,
+                                int group) {
+    const uint32_t unit = ring + control->places[slot];
+    uint32_t kinds[ROWS], tiles[ROWS], metadata[ROWS], end = unit + N * TILE_COLUMNS * 2;
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i) metadata[i] = metadata_of(tile, ROWS == 1 ? 64 * group : 64 * i);
-        wgmma_begin();
+    for (int row = 0; row < ROWS; ++row) {
+        kinds[row] = control->kinds[slot][row];
+        tiles[row] = end;
+        end += tile_bytes(kinds[row]);
+        if (kinds[row] == NO_TILE) kinds[row] = kinds[0], tiles[row] = tiles[0];  // nobody stores the products
+        metadata[row] = kinds[row] & SPARSE_BIT ? metadata_of(tiles[row], 64 * group) : 0;
+    }
+    const uint64_t b = operand_of_128_byte_rows(unit);
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i) multiply_sparse<T, N>(d[i], tile, ROWS == 1 ? 64 * group : 64 * i, b, metadata[i]);
-        wgmma_commit();
-        wgmma_wait();
-    } else if (kind != NO_TILE) {
-        wgmma_begin();
-#pragma unroll
-        for (int i = 0; i < ROWS; ++i) multiply_dense<T, N>(d[i], tile, ROWS == 1 ? 64 * group : 64 * i, b);
-        wgmma_commit();
-        wgmma_wait();
+    for (int row = 0; row < ROWS; ++row) {  // the groups end in their branches: outside, ptxas runs wgmma one by one
+        if (kinds[row] & SPARSE_BIT) {
+            wgmma_begin();
+            multiply_sparse<T, N>(d[row], tiles[row], 64 * group, b, metadata[row]);
+            wgmma_commit();
+        } else {
+            wgmma_begin();
+            multiply_dense<T, N>(d[row], tiles[row], 64 * group, b);
+            wgmma_commit();
+        }
     }
 }
 
-// Add up the partial sums of the blocks that share a row of units. False if another block will do it.
-template <int N, int ROWS>
-__device__ bool reduce(const Task& task, float (&d)[ROWS][N / 2], int row, int units, volatile int* last) {
-    constexpr int VECTORS = N / 8;  // of 4 registers
-    const int begin = row * task.columns, end = begin + task.columns;
-    const auto first_unit = [&](int block) { return task.schedule[size_t(block) * task.line]; };
-    // A block shares two rows at most: the one it starts in, and one that it starts.
-    const auto sums_of = [&](int block, bool starts_row) {
-        return task.partial_sums + (size_t(block) * 2 + starts_row) * ROWS * VECTORS * CONSUMERS + threadIdx.x;
-    };
-    int block = blockIdx.x;
-    float4* own = sums_of(block, first_unit(block) <= begin);
+template <int ROWS>
+__device__ inline void release(Control<ROWS>* control, int slot) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(control->empty + slot));
+}
+
+// Sums that several blocks have a part of: each leaves its own in float32, in `slot`; the last to arrive adds up those of
+// the slots `first` to `last`, in this order whoever it is, so that results repeat bit for bit.
+struct Shares {
+    float4* sums;   // [slots, sums of a thread / 4, CONSUMERS]
+    int* arrivals;  // [slots], zero before and after; counted at `first`
+};
+
+// True if d now holds the whole sums, false if another block will have them.
+template <int ROWS, int SUMS>
+__device__ bool add_up(float (&d)[ROWS][SUMS], const Shares& shares, int slot, int first, int last,
+                       volatile int* arrived_last) {
+    constexpr int VECTORS = ROWS * SUMS / 4;
+    constexpr int AT_ONCE = VECTORS > 16 ? 16 : VECTORS > 8 ? 4 : 8;  // loads on their way, as far as registers go
+    constexpr int PART = VECTORS < AT_ONCE ? VECTORS : AT_ONCE, SLOTS_AT_ONCE = AT_ONCE / PART;
+    float4* const sums = shares.sums + threadIdx.x;
+    const auto at = [&](int i) { return d[i / (SUMS / 4)] + i % (SUMS / 4) * 4; };
 #pragma unroll
-    for (int i = 0; i < ROWS * VECTORS; ++i) {
-        const float* from = d[i / VECTORS] + i % VECTORS * 4;
-        __stcg(own + i * CONSUMERS, make_float4(from[0], from[1], from[2], from[3]));
-    }
+    for (int i = 0; i < VECTORS; ++i)
+        __stcg(sums + (size_t(slot) * VECTORS + i) * CONSUMERS, make_float4(at(i)[0], at(i)[1], at(i)[2], at(i)[3]));
     named_barrier<CONSUMERS>(1);
     if (threadIdx.x == 0) {
         __threadfence();
-        *last = atomicAdd(task.arrivals + row, units) + units == task.columns;
-        if (*last) task.arrivals[row] = 0;
+        *arrived_last = atomicAdd(shares.arrivals + first, 1) == last - first;
+        if (*arrived_last) shares.arrivals[first] = 0;
         __threadfence();
     }
     named_barrier<CONSUMERS>(1);
-    if (!*last) return false;
-
-    while (first_unit(block) > begin) --block;
-    const auto add = [&](const float4* sums, float keep) {
+    if (!*arrived_last) return false;
 #pragma unroll
-        for (int i = 0; i < ROWS * VECTORS; ++i) {
-            const float4 other = __ldcg(sums + i * CONSUMERS);
-            float* to = d[i / VECTORS] + i % VECTORS * 4;
-            to[0] = to[0] * keep + other.x, to[1] = to[1] * keep + other.y;
-            to[2] = to[2] * keep + other.z, to[3] = to[3] * keep + other.w;
+    for (int part = 0; part < VECTORS; part += PART) {
+#pragma unroll
+        for (int i = part; i < part + PART; ++i) at(i)[0] = at(i)[1] = at(i)[2] = at(i)[3] = 0;
+#pragma unroll 1
+        for (int from = first; from <= last; from += SLOTS_AT_ONCE) {
+            float4 others[SLOTS_AT_ONCE][PART];
+#pragma unroll
+            for (int k = 0; k < SLOTS_AT_ONCE; ++k)
+#pragma unroll
+                for (int i = 0; i < PART; ++i)
+                    others[k][i] = from + k <= last
+                                       ? __ldcg(sums + (size_t(from + k) * VECTORS + part + i) * CONSUMERS)
+                                       : make_float4(0, 0, 0, 0);
+#pragma unroll
+            for (int k = 0; k < SLOTS_AT_ONCE; ++k)
+#pragma unroll
+                for (int i = 0; i < PART; ++i) {
+                    at(part + i)[0] += others[k][i].x, at(part + i)[1] += others[k][i].y;
+                    at(part + i)[2] += others[k][i].z, at(part + i)[3] += others[k][i].w;
+                }
         }
-    };
-    add(sums_of(block, true), 0);
-    for (++block; first_unit(block) < end; ++block) add(sums_of(block, false), 1);
+    }
     return true;
+}
+
+template <int ROWS>
+struct Shared {
+    Control<ROWS> control;
+    volatile Header header;  // there as soon as the first unit is
+};
+
+struct Task {
+    const uint8_t* payload;
+    const int* schedule;  // [blocks, line]
+    const void* bias;     // [out] or null
+    void* y;              // [tokens, out]
+    Shares shares;
+    int line, columns, out_features, tokens;
+};
+
+template <typename T, int N, int ROWS, int RING_KIB>
+__device__ void load(const Task& task, const CUtensorMap& x, uint32_t ring, Shared<ROWS>* shared) {
+    const int lane = threadIdx.x % 32;
+    const int* numbers = task.schedule + size_t(blockIdx.x) * task.line;
+    // 32 numbers of the line at a time, one per lane
+    int held = numbers[lane], following = task.line > 32 ? numbers[32 + lane] : 0;
+    const int first = __shfl_sync(~0u, held, 0), units = __shfl_sync(~0u, held, 1) - first;
+    if (lane < HEADER) reinterpret_cast<volatile int*>(&shared->header)[lane] = held;
+    __syncwarp();
+    Filler<RING_KIB, ROWS, N> filler = {task.payload, ring, &shared->control};
+    int with_x = 0;
+    const auto load_x = [&] {
+        for (; with_x < filler.unit; ++with_x) filler.load_x(with_x, x, (first + with_x) % task.columns);
+    };
+    bool waited = false;
+    for (int unit = 0, place = HEADER; unit < units; ++unit, place += ROWS) {
+        if (place % 32 == 0) {
+            held = following;
+            following = place + 32 < task.line ? numbers[place + 32 + lane] : 0;
+        }
+        uint32_t descriptors[ROWS];
+#pragma unroll
+        for (int row = 0; row < ROWS; ++row) descriptors[row] = __shfl_sync(~0u, held, place % 32 + row);
+        const uint32_t kib = kib_of_tiles(descriptors);
+        if (!waited && !filler.has_room(kib)) {
+            wait_for_previous_kernel();  // it may still be writing x; W it does not touch
+            waited = true;
+        }
+        if (waited) load_x();
+        filler.make_room(kib);
+        filler.load_tiles(descriptors, kib);
+    }
+    if (!waited) wait_for_previous_kernel();
+    load_x();
 }
 
 template <typename T, int N, int ROWS>
@@ -169,8 +254,7 @@ __device__ void store(const Task& task, const float (&d)[ROWS][N / 2], int row) 
     for (int i = 0; i < ROWS; ++i)
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
-            const int half = ROWS == 1 ? group : 2 * group + i;
-            const int out = row * ROWS * TILE_ROWS + 64 * half + 16 * warp + lane / 4 + 8 * below;
+            const int out = (row * ROWS + i) * TILE_ROWS + 64 * group + 16 * warp + lane / 4 + 8 * below;
             if (out >= task.out_features) continue;
             const float bias = task.bias ? float(static_cast<const T*>(task.bias)[out]) : 0.f;
 #pragma unroll
@@ -184,44 +268,42 @@ __device__ void store(const Task& task, const float (&d)[ROWS][N / 2], int row) 
         }
 }
 
-template <typename T, int N, int ROWS, int STAGES>
-__global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ CUtensorMap x, const Task task) {
+template <typename T, int N, int ROWS, int RING_KIB>
+__global__ void __launch_bounds__(THREADS, RING_KIB > 112 ? 1 : 2)
+    decode(const __grid_constant__ CUtensorMap x, const Task task) {
     extern __shared__ __align__(1024) uint8_t ring_memory[];
-    auto* control = reinterpret_cast<Control<ROWS, STAGES>*>(ring_memory + STAGES * Stage<N, ROWS>::BYTES);
+    auto* shared = reinterpret_cast<Shared<ROWS>*>(ring_memory + RING_KIB * 1024);
+    auto* control = &shared->control;
     const uint32_t ring = shared_address(ring_memory);
-    const uint32_t full = shared_address(control->full), empty = shared_address(control->empty);
     if (threadIdx.x == 0) {
-        for (int stage = 0; stage < STAGES; ++stage) {
-            barrier_init(full + 8 * stage, 1);
-            barrier_init(empty + 8 * stage, CONSUMERS / 32);
-        }
-        barrier_init_fence();
+        prefetch_map(x);
+        control->init();
     }
     __syncthreads();
     launch_dependents();
 
     if (threadIdx.x >= CONSUMERS) {
-        load<T, N, ROWS, STAGES>(task, x, ring, full, empty, control->kinds);
+        load<T, N, ROWS, RING_KIB>(task, x, ring, shared);
         return;
     }
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
-    const int* line = task.schedule + size_t(blockIdx.x) * task.line;
-    const int first = line[0], end = line[1];
-    bool waited = false;
-    for (int unit = first; unit < end;) {
-        const int row = unit / task.columns, start = unit;
-        const int row_end = min(end, (row + 1) * task.columns);
+    barrier_wait(shared_address(control->full), 0);
+    const volatile Header& header = shared->header;
+    int row = header.first / task.columns, column = header.first % task.columns;
+    for (int unit = 0; unit < header.end - header.first; ++row, column = 0) {
+        const int count = min(task.columns - column, header.end - header.first - unit);
         float d[ROWS][N / 2] = {};
-        for (; unit < row_end; ++unit) {
-            const int stage = (unit - first) % STAGES;
-            barrier_wait(full + 8 * stage, (unit - first) / STAGES & 1);
-            multiply<T, N, ROWS>(d, ring + stage * Stage<N, ROWS>::BYTES, control->kinds[stage], group);
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * stage);
+        for (const int end = unit + count; unit < end; ++unit) {
+            const int slot = unit % SLOTS;
+            barrier_wait(shared_address(control->full + slot), unit / SLOTS & 1);
+            multiply<T, N, ROWS>(d, ring, control, slot, group);
+            wgmma_wait();
+            release(control, slot);
         }
-        if (!waited) wait_for_previous_kernel();  // it may use the same sums, counters and output
-        waited = true;
-        if (unit - start == task.columns || reduce<N, ROWS>(task, d, row, unit - start, &control->last))
+        const bool later = unit > count;  // not in the row that the block starts in
+        if (!later) wait_for_previous_kernel();  // it may use the same sums, counters and output
+        if (count == task.columns ||
+            add_up(d, task.shares, header.slot[later], header.from[later], header.to[later], &control->last))
             store<T, N, ROWS>(task, d, row);
     }
 }
@@ -230,17 +312,19 @@ struct Launch {
     const void* x;
     int64_t x_stride;
     int in_features, blocks, rows, shared_kib;
-    bool overlap;
     cudaStream_t stream;
 };
 
-template <typename T, int N, int ROWS, int STAGES>
+template <typename T, int N, int ROWS, int RING_KIB>
 const char* launch(const Task& task, const Launch& how) {
     CUtensorMap x;
     if (const char* error = describe_matrix<T>(&x, how.x, task.tokens, how.in_features, how.x_stride, N)) return error;
-    constexpr int bytes = STAGES * Stage<N, ROWS>::BYTES + sizeof(Control<ROWS, STAGES>);
-    auto* kernel = decode<T, N, ROWS, STAGES>;
+    constexpr int bytes = RING_KIB * 1024 + sizeof(Shared<ROWS>);
+    auto* kernel = decode<T, N, ROWS, RING_KIB>;
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (status == cudaSuccess)  // room for the next layer's block, too
+        status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                      cudaSharedmemCarveoutMaxShared);
     if (status != cudaSuccess) return cudaGetErrorString(status);
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -251,43 +335,46 @@ const char* launch(const Task& task, const Launch& how) {
     config.dynamicSmemBytes = bytes;
     config.stream = how.stream;
     config.attrs = &attribute;
-    config.numAttrs = how.overlap ? 1 : 0;
+    config.numAttrs = 1;
     status = cudaLaunchKernelEx(&config, kernel, x, task);
     return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
-template <typename T, int N, int ROWS>
-const char* launch_shared(const Task& task, const Launch& how) {
-    constexpr int BYTES = Stage<N, ROWS>::BYTES, WHOLE = 226 * 1024 / BYTES, HALF = 112 * 1024 / BYTES;
-    if (how.shared_kib > 112) return launch<T, N, ROWS, (WHOLE < 12 ? WHOLE : 12)>(task, how);
-    return launch<T, N, ROWS, HALF>(task, how);
+// The tunings that hopper.py chooses from.
+template <typename T, int N>
+const char* launch_width(const Task& task, const Launch& how) {
+    constexpr int OF_ONE_ROW = N <= 16 ? 111 : 225;
+    if (how.rows == 1 && how.shared_kib == OF_ONE_ROW) return launch<T, N, 1, OF_ONE_ROW>(task, how);
+    if constexpr (N <= 64) {
+        if (how.rows == 2 && how.shared_kib == 111) return launch<T, N, 2, 111>(task, how);
+        if (how.rows == 2 && how.shared_kib == 225) return launch<T, N, 2, 225>(task, how);
+    }
+    return "the decode kernel has no such tuning";
 }
 
 template <typename T>
 const char* launch_type(const Task& task, const Launch& how) {
-    const bool one = how.rows == 1;
-    if (task.tokens <= 8) return one ? launch_shared<T, 8, 1>(task, how) : launch_shared<T, 8, 2>(task, how);
-    if (task.tokens <= 16) return one ? launch_shared<T, 16, 1>(task, how) : launch_shared<T, 16, 2>(task, how);
-    if (task.tokens <= 32) return one ? launch_shared<T, 32, 1>(task, how) : launch_shared<T, 32, 2>(task, how);
-    if (task.tokens <= 64) return one ? launch_shared<T, 64, 1>(task, how) : launch_shared<T, 64, 2>(task, how);
-    return one ? launch_shared<T, 128, 1>(task, how) : "two rows of tiles at a time suit 64 tokens at most";
+    if (task.tokens <= 8) return launch_width<T, 8>(task, how);
+    if (task.tokens <= 16) return launch_width<T, 16>(task, how);
+    if (task.tokens <= 32) return launch_width<T, 32>(task, how);
+    if (task.tokens <= 64) return launch_width<T, 64>(task, how);
+    return launch_width<T, 128>(task, how);
 }
 
 // Null, or what went wrong.
 extern "C" const char* patch_decode(int half, const void* x, int64_t x_stride, const void* payload, const void* schedule,
                                     const void* bias, void* y, void* partial_sums, void* arrivals, int line, int blocks,
                                     int rows, int columns, int out_features, int in_features, int tokens,
-                                    int shared_kib, int overlap, void* stream) {
+                                    int shared_kib, void* stream) {
     const Task task = {static_cast<const uint8_t*>(payload),
                        static_cast<const int*>(schedule),
                        bias,
                        y,
-                       static_cast<float4*>(partial_sums),
-                       static_cast<int*>(arrivals),
+                       {static_cast<float4*>(partial_sums), static_cast<int*>(arrivals)},
                        line,
                        columns,
                        out_features,
                        tokens};
-    const Launch how = {x, x_stride, in_features, blocks, rows, shared_kib, bool(overlap), cudaStream_t(stream)};
+    const Launch how = {x, x_stride, in_features, blocks, rows, shared_kib, cudaStream_t(stream)};
     return half ? launch_type<__half>(task, how) : launch_type<__nv_bfloat16>(task, how);
 }

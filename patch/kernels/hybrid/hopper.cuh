@@ -38,15 +38,6 @@ __device__ inline void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrive at the barrier that has this address in the shared memory of the cluster's block `rank`.
-__device__ inline void barrier_arrive_remote(uint32_t barrier, uint32_t rank) {
-    asm volatile(
-        "{\n.reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier), "r"(rank)
-        : "memory");
-}
-
 __device__ inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -56,16 +47,6 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
         "{\n.reg .pred done;\n"
         "again:\n"
         "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}" ::"r"(barrier), "r"(parity)
-        : "memory");
-}
-
-// As barrier_wait, for barriers that other blocks of the cluster arrive at.
-__device__ inline void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
         "@!done bra again;\n}" ::"r"(barrier), "r"(parity)
         : "memory");
 }
@@ -89,22 +70,16 @@ __device__ inline void copy_bytes(uint32_t to, const void* from, uint32_t bytes,
         : "memory");
 }
 
+__device__ inline void prefetch_map(const CUtensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // The box at (column, row) of a matrix; what lies outside is zero.
 __device__ inline void copy_box(uint32_t to, const CUtensorMap& map, int column, int row, uint32_t barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
         "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
         "l"(&map), "r"(column), "r"(row), "r"(barrier), "l"(EVICT_LAST)
-        : "memory");
-}
-
-// As copy_box, to the same place in each block of `blocks`, a bit per block of the cluster.
-__device__ inline void copy_box_to_all(uint32_t to, const CUtensorMap& map, int column, int row, uint32_t barrier,
-                                       uint16_t blocks) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
-        "[%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
-        "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(blocks), "l"(EVICT_LAST)
         : "memory");
 }
 
@@ -125,18 +100,6 @@ __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.sha
 
 __device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
 __device__ inline void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-// ---- clusters
-
-__device__ inline uint32_t cluster_rank() {
-    uint32_t rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-__device__ inline void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
 
 // ---- wgmma: 64 rows of A times the columns of B, by four warps; both operands in shared memory, K innermost
 

@@ -2,12 +2,9 @@
 // into the same accumulators.
 //
 // A block makes 128 rows of W times 256 tokens at a time and goes down the columns of W, 64 a step. One warp fills a
-// ring of steps, two groups of four warps multiply, each 64 rows of W. The blocks of a cluster take different rows of W
-// and the same tokens: each loads a part of the activations and sends it to all.
+// ring of steps, two groups of four warps multiply, each 64 rows of W.
 //
-//                               step of the ring, 48 KiB            x [256 tokens, 64 columns], from all the cluster
-//       cluster     block 0    | tile of W | ... x ... |    <- multicast -- block 0 loads tokens 0-127
-//                   block 1    | tile of W | ... x ... |    <- multicast -- block 1 loads tokens 128-255
+//       step of the ring, 48 KiB:    | tile of W, 16 KiB | x [256 tokens, 64 columns], 32 KiB |
 //
 // Blocks stay, and take every so-manieth piece of work; the rows of W with most dense tiles come first, so that blocks
 // that run at the same time have about equal work. Results leave through shared memory, transposed to rows of tokens.
@@ -23,9 +20,9 @@ constexpr int TOKEN_TILES_AT_ONCE = 16;  // their activations stay in the L2 cac
 struct Task {
     const uint8_t* payload;
     const int* descriptors;  // [tile rows, columns]
-    const int* order;        // [tile rows, rounded up to whole clusters]
+    const int* order;        // [tile rows]
     const void* bias;        // [out] or null
-    int tile_rows, ordered_rows, columns, out_features, tokens;
+    int tile_rows, columns, out_features, tokens;
 };
 
 struct Control {
@@ -39,27 +36,23 @@ struct Piece {
     int tile_row, token_tile;
 };
 
-// Piece number `index` for this block, whose cluster takes one of its rows each.
-template <int CLUSTER>
-__device__ inline Piece piece_of(const Task& task, int index, int rank) {
-    const int row_groups = task.ordered_rows / CLUSTER, token_tiles = (task.tokens + TOKENS - 1) / TOKENS;
-    const int batch = index / (row_groups * TOKEN_TILES_AT_ONCE), first = batch * TOKEN_TILES_AT_ONCE;
-    const int width = min(TOKEN_TILES_AT_ONCE, token_tiles - first), place = index - first * row_groups;
-    return {task.order[place / width * CLUSTER + rank], first + place % width};
+// Piece number `index`.
+__device__ inline Piece piece_of(const Task& task, int index) {
+    const int token_tiles = (task.tokens + TOKENS - 1) / TOKENS;
+    const int batch = index / (task.tile_rows * TOKEN_TILES_AT_ONCE), first = batch * TOKEN_TILES_AT_ONCE;
+    const int width = min(TOKEN_TILES_AT_ONCE, token_tiles - first), place = index - first * task.tile_rows;
+    return {task.order[place / width], first + place % width};
 }
 
-template <int CLUSTER>
-__device__ void load(const Task& task, const CUtensorMap& x, uint32_t ring, Control* control, int pieces, int rank) {
-    constexpr int SHARE = TOKENS / CLUSTER;
+__device__ void load(const Task& task, const CUtensorMap& x, uint32_t ring, Control* control, int pieces) {
     const uint32_t full = shared_address(control->full), empty = shared_address(control->empty);
     const int lane = threadIdx.x % 32;
     int step = 0;
-    for (int index = blockIdx.x / CLUSTER; index < pieces; index += gridDim.x / CLUSTER) {
-        const Piece piece = piece_of<CLUSTER>(task, index, rank);
-        const bool here = piece.tile_row < task.tile_rows;
+    for (int index = blockIdx.x; index < pieces; index += gridDim.x) {
+        const Piece piece = piece_of(task, index);
         const int* descriptors = task.descriptors + size_t(piece.tile_row) * task.columns;
         const auto batch = [&](int from) {
-            return here && from + lane < task.columns ? uint32_t(descriptors[from + lane]) : NO_TILE;
+            return from + lane < task.columns ? uint32_t(descriptors[from + lane]) : NO_TILE;
         };
         uint32_t held = batch(0), next = batch(32);
         for (int column = 0; column < task.columns; ++column, ++step) {
@@ -69,18 +62,13 @@ __device__ void load(const Task& task, const CUtensorMap& x, uint32_t ring, Cont
             }
             const uint32_t descriptor = __shfl_sync(~0u, held, column % 32);
             const int stage = step % STAGES;
-            if (step >= STAGES) barrier_wait_cluster(empty + 8 * stage, (step / STAGES - 1) & 1);
+            if (step >= STAGES) barrier_wait(empty + 8 * stage, (step / STAGES - 1) & 1);
             if (lane) continue;  // the shuffle of the next step brings the warp together again
             const uint32_t tile = ring + stage * STEP_BYTES, bytes = tile_bytes(descriptor);
-            const uint32_t activations = tile + DENSE_BYTES + rank * SHARE * 128;
             control->kinds[stage] = descriptor;
             barrier_arrive_expect(full + 8 * stage, bytes + TOKENS * TILE_COLUMNS * 2);
-            if (bytes) copy_bytes(tile, tile_address(task.payload, descriptor), bytes, full + 8 * stage, EVICT_NORMAL);
-            const int token = piece.token_tile * TOKENS + rank * SHARE;
-            if constexpr (CLUSTER == 1)
-                copy_box(activations, x, column * TILE_COLUMNS, token, full + 8 * stage);
-            else
-                copy_box_to_all(activations, x, column * TILE_COLUMNS, token, full + 8 * stage, (1 << CLUSTER) - 1);
+            copy_bytes(tile, tile_address(task.payload, descriptor), bytes, full + 8 * stage, EVICT_NORMAL);
+            copy_box(tile + DENSE_BYTES, x, column * TILE_COLUMNS, piece.token_tile * TOKENS, full + 8 * stage);
         }
     }
 }
@@ -132,14 +120,13 @@ __device__ void store(const Task& task, const CUtensorMap& y, const float (&d)[T
     }
 }
 
-template <typename T, int CLUSTER>
-__device__ void compute(const Task& task, const CUtensorMap& y, uint32_t ring, Control* control, int pieces, int rank,
-                        int group) {
+template <typename T>
+__device__ void compute(const Task& task, const CUtensorMap& y, uint32_t ring, Control* control, int pieces, int group) {
     const uint32_t full = shared_address(control->full), empty = shared_address(control->empty);
     const uint32_t memory = ring + STAGES * STEP_BYTES + group * STORE_BYTES;
     int step = 0;
-    for (int index = blockIdx.x / CLUSTER; index < pieces; index += gridDim.x / CLUSTER) {
-        const Piece piece = piece_of<CLUSTER>(task, index, rank);
+    for (int index = blockIdx.x; index < pieces; index += gridDim.x) {
+        const Piece piece = piece_of(task, index);
         float d[TOKENS / 2] = {};
         for (int column = 0; column < task.columns; ++column, ++step) {
             const int stage = step % STAGES;
@@ -152,27 +139,21 @@ __device__ void compute(const Task& task, const CUtensorMap& y, uint32_t ring, C
                 multiply_sparse<T, TOKENS>(d, tile, 64 * group, b, metadata);
                 wgmma_commit();
                 wgmma_wait();
-            } else if (kind != NO_TILE) {
+            } else {
                 wgmma_begin();
                 multiply_dense<T, TOKENS>(d, tile, 64 * group, b);
                 wgmma_commit();
                 wgmma_wait();
             }
             __syncwarp();
-            if (threadIdx.x % 32 < CLUSTER) {
-                if constexpr (CLUSTER == 1)
-                    barrier_arrive(empty + 8 * stage);
-                else
-                    barrier_arrive_remote(empty + 8 * stage, threadIdx.x % 32);
-            }
+            if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * stage);
         }
-        if (piece.tile_row < task.tile_rows)
-            store<T>(task, y, d, piece.tile_row * TILE_ROWS + 64 * group, piece.token_tile * TOKENS, memory, group);
+        store<T>(task, y, d, piece.tile_row * TILE_ROWS + 64 * group, piece.token_tile * TOKENS, memory, group);
     }
     if (threadIdx.x % 128 == 0) stores_have_finished();
 }
 
-template <typename T, int CLUSTER>
+template <typename T>
 __global__ void __launch_bounds__(THREADS, 1)
     prefill(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap y, const Task task) {
     extern __shared__ __align__(1024) uint8_t ring_memory[];
@@ -181,94 +162,64 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             barrier_init(shared_address(control->full + stage), 1);
-            barrier_init(shared_address(control->empty + stage), CLUSTER * CONSUMERS / 32);
+            barrier_init(shared_address(control->empty + stage), CONSUMERS / 32);
         }
         barrier_init_fence();
     }
-    if constexpr (CLUSTER == 1)
-        __syncthreads();
-    else
-        cluster_barrier();
-    const int rank = CLUSTER == 1 ? 0 : cluster_rank();
-    const int pieces = task.ordered_rows / CLUSTER * ((task.tokens + TOKENS - 1) / TOKENS);
+    __syncthreads();
+    const int pieces = task.tile_rows * ((task.tokens + TOKENS - 1) / TOKENS);
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (group == GROUPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x / 32 == CONSUMERS / 32) load<CLUSTER>(task, x, ring, control, pieces, rank);
+        if (threadIdx.x / 32 == CONSUMERS / 32) load(task, x, ring, control, pieces);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        compute<T, CLUSTER>(task, y, ring, control, pieces, rank, group);
+        compute<T>(task, y, ring, control, pieces, group);
     }
-    // no block may leave while another still sends to it or arrives at its barriers
-    __syncwarp();
-    if constexpr (CLUSTER > 1) cluster_barrier();
+    __syncwarp();  // results do not need it, but without it ptxas makes other loops than those that were measured
 }
 
 struct Launch {
     const void* x;
     void* y;
     int64_t x_stride;
-    int in_features;
+    int in_features, blocks;
     cudaStream_t stream;
 };
 
-// How many blocks run at once, in whole clusters.
-template <typename Kernel>
-int blocks_at_once(Kernel* kernel, cudaLaunchConfig_t& config, int cluster) {
-    config.gridDim = cluster;
-    int clusters = 0;
-    const cudaError_t status = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-    return status == cudaSuccess ? clusters * cluster : 0;
-}
-
-template <typename T, int CLUSTER>
+template <typename T>
 const char* launch(const Task& task, const Launch& how) {
     CUtensorMap x, y;
-    if (const char* error =
-            describe_matrix<T>(&x, how.x, task.tokens, how.in_features, how.x_stride, TOKENS / CLUSTER))
+    if (const char* error = describe_matrix<T>(&x, how.x, task.tokens, how.in_features, how.x_stride, TOKENS))
         return error;
     if (const char* error =
             describe_matrix<T>(&y, how.y, task.tokens, task.out_features, task.out_features, STORED_TOKENS))
         return error;
-    auto* kernel = prefill<T, CLUSTER>;
+    auto* kernel = prefill<T>;
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
     if (status != cudaSuccess) return cudaGetErrorString(status);
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = CLUSTER;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
+    config.gridDim = how.blocks;
     config.blockDim = THREADS;
     config.dynamicSmemBytes = SHARED_BYTES;
     config.stream = how.stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    static const int blocks = blocks_at_once(kernel, config, CLUSTER);  // Hopper GPUs of one machine are alike
-    if (!blocks) return "this GPU cannot run the kernel's clusters";
-    config.gridDim = blocks;
     status = cudaLaunchKernelEx(&config, kernel, x, y, task);
     return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
-template <typename T>
-const char* launch_cluster(int cluster, const Task& task, const Launch& how) {
-    return cluster == 1 ? launch<T, 1>(task, how) : cluster == 2 ? launch<T, 2>(task, how) : launch<T, 4>(task, how);
-}
-
-// Null, or what went wrong. `order` has `ordered_rows` numbers, a multiple of `cluster`, which is 1, 2 or 4.
+// Null, or what went wrong.
 extern "C" const char* patch_prefill(int half, const void* x, int64_t x_stride, const void* payload,
                                      const void* descriptors, const void* order, const void* bias, void* y,
-                                     int tile_rows, int ordered_rows, int columns, int out_features, int in_features,
-                                     int tokens, int cluster, void* stream) {
+                                     int blocks, int tile_rows, int columns, int out_features, int in_features,
+                                     int tokens, void* stream) {
     const Task task = {static_cast<const uint8_t*>(payload),
                        static_cast<const int*>(descriptors),
                        static_cast<const int*>(order),
                        bias,
                        tile_rows,
-                       ordered_rows,
                        columns,
                        out_features,
                        tokens};
-    const Launch how = {x, y, x_stride, in_features, cudaStream_t(stream)};
-    return half ? launch_cluster<__half>(cluster, task, how) : launch_cluster<__nv_bfloat16>(cluster, task, how);
+    const Launch how = {x, y, x_stride, in_features, blocks, cudaStream_t(stream)};
+    return half ? launch<__half>(task, how) : launch<__nv_bfloat16>(task, how);
 }
