@@ -58,7 +58,7 @@ def high_bytes(x, y, z):
 
 @triton.jit
 def to_float(x):
-    """x as float32. The two bfloat16 of a register take one instruction each, and not three in all as conversions do."""
+    """x as float32. The two bfloat16 of a register take an instruction each, a third less than as conversions."""
     if x.dtype == tl.bfloat16:
         y = tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;", "=&f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2
