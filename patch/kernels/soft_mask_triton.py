@@ -3,7 +3,7 @@
 Both work at the speed of memory: they read logits and weights once, write the effective weights or the gradients, and
 draw the noise anew from counters. A program covers ROWS x 4 * GROUPS weights at a time, a shape in which every thread
 owns whole groups and 16 bytes of bfloat16 weights, so that nothing moves between threads; it goes down its column for
-`steps` such blocks, loading ahead. Special functions are the GPU's approximations. The noise is `philox.spacings`: up
+`steps` such blocks. Special functions are the GPU's approximations. The noise is `philox.spacings`: up
 to a shift that the six of a group share, their logarithm is that of exponentials, which would take a second one.
 
 Sums are deterministic. That of (W * M)^2 is finished by the last program to arrive, in a fixed order. A program stays
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 ROWS, GROUPS, WARPS = 8, 32, 4
 MOST_STEPS = 16
 STAGES = 2
-"""The next block is loaded meanwhile. One more would take registers, and fewer programs would run at a time."""
+"""A block's loads are asynchronous and issued together; the GPU's other programs have their turn meanwhile. Plain loads
+of the old gradient would be put off until it is used, and one block more ahead would take the registers of programs."""
 FEWEST_PROGRAMS = 4096
 """Fewer steps per program rather than fewer programs: several per place on the GPU, so that its last wave is short."""
 
