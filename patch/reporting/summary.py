@@ -136,3 +136,8 @@ def _rank(column: pd.Series) -> pd.Series:
 
 def _floats(column: pd.Series) -> pd.Series:
     return pd.Series(column.to_numpy(dtype=float, na_value=float("nan")), index=column.index)
+
+
+def power_of_ten(value: float, decimals: int) -> str:
+    """A number as 4.2e9."""
+    return f"{value:.{decimals}e}".replace("e+0", "e").replace("e+", "e")

@@ -75,6 +75,13 @@ def test_perplexity_panels(runs: pd.DataFrame) -> None:
     assert len(figure.axes[0].containers) == 6  # three methods, 2:4 and unstructured
 
 
+def test_a_broken_model_stays_on_the_edge_with_its_number(runs: pd.DataFrame) -> None:
+    broken = (runs["model"] == "qwen") & (runs["method"] == "magnitude") & (runs["metric"] == "perplexity")
+    ax = perplexity_vs_sparsity(runs.assign(value=runs["value"].mask(broken, 4.17e9))).axes[0]
+    assert ax.get_ylim()[1] < 1e5
+    assert {text.get_text() for text in ax.texts} == {"4e9 ↑"}
+
+
 def test_chance_only_with_all_eight_tasks(runs: pd.DataFrame) -> None:
     assert lines_at(accuracy_vs_sparsity(runs), 31.25) == 2
     seven = accuracy_vs_sparsity(runs[runs["subject"] != "race"])

@@ -129,6 +129,18 @@ def test_compressed_weights_are_rows_of_their_own(runs: pd.DataFrame) -> None:
     assert accuracy(more, "quantisation")["compression"].tolist() == ["none", "int4"] * 2  # dense beside it
 
 
+def test_a_control_that_misses_its_level_is_never_the_best(runs: pd.DataFrame) -> None:
+    of_qwen = (runs["model"] == "qwen") & (runs["sparsity"] == 50)
+    half = runs["method"] == "sparsegpt"
+    changed = runs.assign(
+        realised_sparsity=runs["realised_sparsity"].mask(of_qwen & half, 37.5),
+        value=runs["value"].mask(of_qwen & half & (runs["metric"] == "perplexity"), 13.0),
+    )
+    lines = [line for line in to_markdown(quality(Study(changed))).splitlines() if "2:4" in line and "50 |" in line]
+    assert any("SparseGPT" in line and " 13.00 " in line for line in lines)
+    assert any("Wanda" in line and "**73.00**" in line for line in lines)
+
+
 def test_learned_rows_stand_among_the_others(learned: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     table = quality(Study(*learned))
     assert list(zip(table.data["method"], table.data["sparsity"], strict=True)) == [

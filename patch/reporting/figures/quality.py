@@ -9,12 +9,14 @@ import pandas as pd
 from patch.experiments import TASKS, UNCOMPRESSED
 from patch.methods import METHODS
 from patch.reporting.figures.style import COLUMN, look, placeholder, print_style, shade
-from patch.reporting.summary import KEYS, pattern_title, scores, settings, tasks_of, texts_of
+from patch.reporting.summary import KEYS, pattern_title, power_of_ten, scores, settings, tasks_of, texts_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+BROKEN = 1e4
+"""Perplexities above say no more than that; they lie on the upper edge of a figure, with their number."""
 CHANCE_OF_EIGHT = 31.25
 """Mean accuracy, percent, of guessing on the paper's eight tasks: six have four answers, two have two."""
 
@@ -23,7 +25,7 @@ def perplexity_vs_sparsity(runs: pd.DataFrame) -> Figure:
     """Perplexity over realised sparsity in percent, a panel per text (rows) and model (columns).
 
     The dense model is a horizontal line; bars are one standard error. The axis is logarithmic where the values of a
-    panel range over more than a factor of 5.
+    panel range over more than a factor of 5, and ends at BROKEN.
     """
     found = scores(runs)
     found = found[found["metric"] == "perplexity"]
@@ -97,6 +99,11 @@ def _one_tile_size(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _draw_panel(ax: Axes, panel: pd.DataFrame, logarithmic: bool, chance: float | None) -> None:
+    if logarithmic:
+        _name_broken(ax, panel[panel["value"] > BROKEN])
+        panel = panel.assign(
+            stderr=panel["stderr"].where(panel["value"] <= BROKEN), value=panel["value"].clip(upper=BROKEN)
+        )
     pruned = panel[panel["method"] != "dense"]
     for key, series in pruned.groupby(["method", "pattern", "variant"], sort=False):
         method, pattern, variant = map(str, key)
@@ -123,6 +130,13 @@ def _draw_panel(ax: Axes, panel: pd.DataFrame, logarithmic: bool, chance: float 
     if logarithmic and values.max() > 5 * values.min():
         _logarithmic(ax, values)
     ax.margins(x=0.08)
+
+
+def _name_broken(ax: Axes, broken: pd.DataFrame) -> None:
+    """The numbers of values that are drawn on the edge."""
+    for sparsity, value in zip(broken["realised_sparsity"], broken["value"], strict=True):
+        text, beside = f"{power_of_ten(value, 0)} ↑", (-5, 0)
+        ax.annotate(text, (sparsity, BROKEN), beside, textcoords="offset points", ha="right", va="center")
 
 
 def _logarithmic(ax: Axes, values: pd.Series) -> None:

@@ -22,6 +22,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from patch.artefacts import atomic_path, write_text
+from patch.reporting.summary import power_of_ten
 
 DASH = "–"
 LONG = 60
@@ -198,8 +199,15 @@ def escape_latex(text: str) -> str:
 
 
 def plain(decimals: int) -> Callable[[Any], str]:
-    """Numbers with so many decimals."""
-    return f"{{:.{decimals}f}}".format
+    """Numbers with so many decimals; from 100,000 on, as perplexities of a broken model, two digits and a power."""
+    return lambda value: f"{value:.{decimals}f}" if abs(value) < 1e5 else power_of_ten(value, 1)
+
+
+def two_digits(error: float) -> str:
+    """A standard error, to two significant digits."""
+    if error >= 1e5 or error <= 0:
+        return plain(1)(error)
+    return f"{error:.{max(0, 1 - math.floor(math.log10(error)))}f}"
 
 
 def signed(value: float) -> str:
@@ -218,9 +226,10 @@ def _part(title: str, data: pd.DataFrame, table: Table) -> RichTable:
     ]
     part = replace(table, data=data, columns=shown)
     layout = _layout(part)
+    between = 1 if len(shown) < 7 else 0  # seven columns just fit 80 characters
     result = RichTable(
         title=title, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD, show_edge=False,
-        pad_edge=False, padding=(0, 1, 0, 0),
+        pad_edge=False, padding=(0, between, 0, 0),
     )  # fmt: skip
     long = _long(layout, part)
     result.show_lines = any(long)

@@ -33,7 +33,7 @@ from patch.reporting.summary import (
     tasks_of,
     texts_of,
 )
-from patch.reporting.tables.layout import Column, Table, plain, signed
+from patch.reporting.tables.layout import Column, Table, plain, signed, two_digits
 from patch.reporting.targets import TABLES
 from patch.sparsity.patterns import Pattern
 
@@ -51,6 +51,8 @@ TASK_TITLES = {
     "mmlu_humanities": "MMLU hum.",
     "mmlu_other": "MMLU other",
 }
+OFF_TARGET = 2.0
+"""Points of sparsity by which a row may miss its target and still compete for the best value."""
 NO_CELLS = "this run has no cell that belongs here; workflow/config/paper.yaml has all of them"
 
 
@@ -75,6 +77,7 @@ def quality(study: Study, name: str = "accuracy") -> Table:
         list(columns(table)),
         blocks=("model",),
         level="sparsity",
+        ranked=_at_their_level,
         warnings=_dense_warnings(table, wanted, theirs),
         missing=reasons(table),
         notes=_footnotes(load_notes(name), theirs.used, bool(theirs.any)),
@@ -112,11 +115,17 @@ def tasks(study: Study) -> Table:
         [*setting_columns(data), *(Column(t, f"{TASK_TITLES.get(t, t)} ↑", _task_value, best=max) for t in names)],
         blocks=("model", "metric"),
         level="sparsity",
-        ranked=lambda rows: (rows["method"] != "dense") & (rows["metric"] != "Δ acc"),
+        ranked=lambda rows: _at_their_level(rows) & (rows["metric"] != "Δ acc"),
         missing=reasons(data),
         notes=_footnotes(load_notes("tasks"), {note.id for note in load_notes("tasks")}, len(parts) > 2),
         empty=NO_CELLS,
     )
+
+
+def _at_their_level(rows: pd.DataFrame) -> pd.Series:
+    """Of pruned rows those that reach their sparsity; a control that leaves whole layers dense competes with none."""
+    missed = (rows["sparsity"] - rows["realised_sparsity"]).abs() > OFF_TARGET
+    return (rows["method"] != "dense") & ~missed
 
 
 def reasons(table: pd.DataFrame) -> list[str]:
@@ -175,9 +184,9 @@ def _score_column(name: str) -> Column | None:
         return None
     short = "PPL" if metric == "perplexity" else "Acc %"
     return {
-        "": Column(name, f"PPL ↓ {subject}", plain(2), best=min)
+        "": Column(name, f"PPL ↓ {subject}", plain(2), best=min, error=two_digits)
         if metric == "perplexity"
-        else Column(name, "Mean acc % ↑", plain(2), best=max),
+        else Column(name, "Mean acc % ↑", plain(2), best=max, error=two_digits),
         ".spread": Column(name, f"{short} seed SD", plain(2)),
         ".published": Column(name, f"{short} published", plain(2)),
         ".delta": Column(name, f"Δ {short}", signed),
