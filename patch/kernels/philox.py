@@ -34,8 +34,17 @@ def philox(key: int, counter: tuple[Tensor | int, ...], rounds: int = ROUNDS) ->
     return c0, c1, c2, c3
 
 
-def six_integers(words: tuple[Tensor, ...]) -> Tensor:
-    """Four 32-bit words [...] -> six 21-bit integers [6, ...]: the high bits of each, and the low bits of each pair."""
-    a, b, c, d = words
-    mixed = [(a & 0x7FF) << 10 | b & 0x3FF, (c & 0x7FF) << 10 | d & 0x3FF]
-    return torch.stack([word >> 11 for word in words] + mixed)
+def spacings(words: tuple[Tensor, ...]) -> Tensor:
+    """Four 32-bit words [...] -> float32 [6, ...]: what lies between 0, five uniform numbers in order, and 1.
+
+    Six independent exponentials divided by their sum are distributed the same, so -ln of the result is Gumbel noise
+    but for a number that all six share, which no softmax sees.
+
+    A number has 20 bits of a word, bits 3 to 22, or of the high bytes of the first three; the three places after them
+    say which of the five it is, so that no two are equal.
+    """
+    a, b, c, _ = words
+    high = a >> 24 << 16 | b >> 24 << 8 | c >> 24
+    numbers = torch.stack([word & 0x7FFFF8 | tag for tag, word in enumerate([*words, high], start=1)])
+    zero = torch.zeros_like(numbers[:1])
+    return torch.cat([zero, numbers.sort(dim=0).values, zero + 2**23]).diff(dim=0).float() / 2**23

@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from patch.artefacts import PatchError
 from patch.kernels import runs_triton
-from patch.kernels.philox import philox, six_integers
+from patch.kernels.philox import philox, spacings
 from patch.sparsity.packing import PATTERNS_2_4
 from patch.sparsity.tiles import expand, grid_shape, tile_sums
 
@@ -43,7 +43,8 @@ cache."""
 
 Noise = Callable[["Sampling", int, int], Callable[[int], Tensor]]
 """`noise(sampling, layer, groups)` starts the stream of a layer; then `draw(rows)` gives the standard Gumbel noise of
-its next rows, float32 [6, rows, groups], the same however many rows are drawn at once."""
+its next rows, float32 [6, rows, groups], the same however many rows are drawn at once. A number added to all six of a
+group changes nothing."""
 
 
 def tabulated_noise(sampling: Sampling, layer: int, groups: int) -> Callable[[int], Tensor]:
@@ -63,7 +64,10 @@ def tabulated_noise(sampling: Sampling, layer: int, groups: int) -> Callable[[in
 
 
 def philox_noise(sampling: Sampling, layer: int, groups: int) -> Callable[[int], Tensor]:
-    """The GPU's noise, the same bits: for comparisons between devices, since it is slow in PyTorch."""
+    """The GPU's noise, the same bits: for comparisons between devices, since it is slow in PyTorch.
+
+    Gumbel noise up to a number that the six entries of a group share (`philox.spacings`).
+    """
     first_group = 0
 
     def draw(rows: int) -> Tensor:
@@ -71,7 +75,7 @@ def philox_noise(sampling: Sampling, layer: int, groups: int) -> Callable[[int],
         group = torch.arange(first_group, first_group + rows * groups).view(rows, groups)
         first_group += rows * groups
         words = philox(sampling.seed, (group, layer, sampling.micro_step, sampling.rank))
-        return gumbel_of(six_integers(words), bits=21).float()
+        return -spacings(words).log()
 
     return draw
 
@@ -125,6 +129,7 @@ class Call(NamedTuple):
     layer: int
     hard: bool
     gradient: Tensor | None
+    gradient_squares: Tensor | None
 
 
 def effective_weight(
@@ -137,6 +142,7 @@ def effective_weight(
     *,
     hard: bool = False,
     gradient: Tensor | None = None,
+    gradient_squares: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """W * M and sum((W * M)^2) under a freshly sampled mask; differentiable in `patterns` and `tile_sample`.
 
@@ -149,12 +155,21 @@ def effective_weight(
     hard: take the most probable pattern alone, and the gradient of the mixture (straight-through).
     gradient: buffer shaped like the logits, float32 or bfloat16, that the backward pass writes, or adds to where
         `sampling.accumulate`; autograd then gets none for the logits. Adding in bfloat16 rounds to nearest.
+    gradient_squares: float32 [square_sums(weight, tile)] that the backward pass fills: together, the sum of squares of
+        what goes into `gradient`, before it is rounded.
 
     Returns the effective weight in the dtype of `weight`, and a float32 scalar tensor.
     Raises PatchError where shapes or dtypes do not fit.
     """
-    _check(weight, patterns, tile_sample, tile, gradient)
-    return _EffectiveWeight.apply(weight, patterns, tile_sample, Call(tile, sampling, layer, hard, gradient))
+    _check(weight, patterns, tile_sample, tile, gradient, gradient_squares)
+    return _EffectiveWeight.apply(
+        weight, patterns, tile_sample, Call(tile, sampling, layer, hard, gradient, gradient_squares)
+    )
+
+
+def square_sums(weight: Tensor, tile: tuple[int, int]) -> int:
+    """Number of partial sums in `gradient_squares`; the caller adds up those of all layers at once."""
+    return int(_backend(weight).programs(weight, tile))
 
 
 def reference(
@@ -214,6 +229,11 @@ def _backend(weight: Tensor) -> Any:
     return sys.modules[__name__]
 
 
+def programs(weight: Tensor, tile: tuple[int, int]) -> int:
+    """Parts of a layer that are worked on independently."""
+    return 1
+
+
 def forward(weight: Tensor, patterns: Tensor, tile_sample: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
     """Both results of `effective_weight`, block of rows by block of rows, in float32 arithmetic."""
     effective = torch.empty_like(weight)
@@ -238,6 +258,8 @@ def backward(
     d_logits = call.gradient
     if d_logits is None and patterns.is_floating_point():
         d_logits = torch.empty_like(patterns)
+    if call.gradient_squares is not None:
+        call.gradient_squares.zero_()
     d_tile_rows = []
     for block in _blocks(weight, patterns, tile_sample, call):
         d_mask = _mask_gradient(block, weight[block.rows], d_effective[block.rows], d_square_sum)
@@ -248,6 +270,8 @@ def backward(
             update = _softmax_gradient(d_mask, block.probabilities).mul_(slope)
             if call.gradient is not None and call.sampling.accumulate:
                 update += d_logits[:, block.rows]
+            if call.gradient_squares is not None:
+                call.gradient_squares.add_(update.square().sum())
             d_logits[:, block.rows] = update
     d_tiles = tile_sums(torch.cat(d_tile_rows), (call.tile[0], 1)) if d_tile_rows else None
     return d_logits if call.gradient is None else None, d_tiles
@@ -333,7 +357,12 @@ _PATTERNS_WITH = [kept.nonzero().flatten().tolist() for kept in PATTERNS_2_4.T]
 
 
 def _check(
-    weight: Tensor, patterns: Tensor, tile_sample: Tensor | None, tile: tuple[int, int], gradient: Tensor | None
+    weight: Tensor,
+    patterns: Tensor,
+    tile_sample: Tensor | None,
+    tile: tuple[int, int],
+    gradient: Tensor | None,
+    gradient_squares: Tensor | None,
 ) -> None:
     out_features, in_features = weight.shape
     if in_features % 4:
@@ -351,3 +380,8 @@ def _check(
         raise PatchError(f"tile {tile[0]}x{tile[1]}: the width must be a multiple of 4.")
     if tile_sample is not None and tuple(tile_sample.shape) != grid:
         raise PatchError(f"tile sample of shape {tuple(tile_sample.shape)}: this weight needs {grid}.")
+    if gradient_squares is not None and tuple(gradient_squares.shape) != (square_sums(weight, tile),):
+        raise PatchError(
+            f"sums of squares of shape {tuple(gradient_squares.shape)}: this weight needs "
+            f"{(square_sums(weight, tile),)}."
+        )

@@ -3,8 +3,8 @@
 Both work at the speed of memory: they read logits and weights once, write the effective weights or the gradients, and
 draw the noise anew from counters. A program covers ROWS x 4 * GROUPS weights at a time, a shape in which every thread
 owns whole groups and 16 bytes of bfloat16 weights, so that nothing moves between threads; it goes down its column for
-`steps` such blocks, loading ahead. Special functions are the GPU's approximations; the largest error, that of a Gumbel
-variate, is 4e-5.
+`steps` such blocks. Special functions are the GPU's approximations. The noise is `philox.spacings`: up
+to a shift that the six of a group share, their logarithm is that of exponentials, which would take a second one.
 
 Sums are deterministic. That of (W * M)^2 is finished by the last program to arrive, in a fixed order. A program stays
 inside one tile where the tile size allows it, and the sums of the tiles are then one small reduction; other tile sizes
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patch.kernels.triton_functions import exp2, log2, philox, reciprocal
+from patch.kernels.triton_functions import exp2, high_bytes, log2, philox, reciprocal, to_float
 from patch.sparsity.packing import PATTERNS_2_4
 from patch.sparsity.tiles import grid_shape, tile_sums
 
@@ -32,10 +32,13 @@ if TYPE_CHECKING:
 
 ROWS, GROUPS, WARPS = 8, 32, 4
 MOST_STEPS = 16
+STAGES = 2
+"""A block's loads are asynchronous and issued together; the GPU's other programs have their turn meanwhile. Plain loads
+of the old gradient would be put off until it is used, and one block more ahead would take the registers of programs."""
 FEWEST_PROGRAMS = 4096
 """Fewer steps per program rather than fewer programs: several per place on the GPU, so that its last wave is short."""
 
-_ROWS, _GROUPS = tl.constexpr(ROWS), tl.constexpr(GROUPS)
+_ROWS, _GROUPS, _STAGES = tl.constexpr(ROWS), tl.constexpr(GROUPS), tl.constexpr(STAGES)
 _SUMMANDS = tl.constexpr(2048)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # bit i of entry j: whether pattern i keeps place j
@@ -44,38 +47,71 @@ _KEPT_0, _KEPT_1, _KEPT_2, _KEPT_3 = (tl.constexpr(bits) for bits in _KEPT)
 
 
 @triton.jit
-def _score(logit, integer, scale):
-    """log2 of exp(scale * l + g) up to a constant, for u = (integer + 1/2) / 2**21."""
-    k = integer.to(tl.float32)
-    u = k * 4.76837158203125e-07 + 2.384185791015625e-07
-    v = k * -4.76837158203125e-07 + 0.9999997615814209  # 1 - u, exactly
-    # close to u = 1 the approximate logarithm keeps no digits, and two terms of the series suffice
-    exponential = tl.where(v < 0.00390625, v * (v * (0.5 * _LOG2_E) + _LOG2_E), -log2(u))
-    return logit.to(tl.float32) * scale - log2(exponential)
+def _store_planes(pointer, offsets, plane, inside, x0, x1, x2, x3, x4, x5):
+    dtype: tl.constexpr = pointer.dtype.element_ty
+    tl.store(pointer + offsets, x0.to(dtype), inside)
+    tl.store(pointer + plane + offsets, x1.to(dtype), inside)
+    tl.store(pointer + 2 * plane + offsets, x2.to(dtype), inside)
+    tl.store(pointer + 3 * plane + offsets, x3.to(dtype), inside)
+    tl.store(pointer + 4 * plane + offsets, x4.to(dtype), inside)
+    tl.store(pointer + 5 * plane + offsets, x5.to(dtype), inside)
+
+
+@triton.jit
+def _uniform(word, TAG: tl.constexpr):
+    """1 + (k + TAG / 8) / 2**20 for the 20 random bits k above the lowest three and below the exponent's place."""
+    return ((word & 0x7FFFF8) | (0x3F800000 + TAG)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _ascending(x, y):
+    return tl.minimum(x, y), tl.maximum(x, y)
+
+
+@triton.jit
+def _beside(x, y):
+    """x, which Triton then keeps in the threads that have float32 y, and all that is computed from it."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,f", [x, y], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _spacings(r0, r1, r2, r3):
+    """As `philox.spacings`. No two of the numbers are equal, and every difference is exact."""
+    u0, u1, u2, u3 = _uniform(r0, 1), _uniform(r1, 2), _uniform(r2, 3), _uniform(r3, 4)
+    u4 = _uniform(high_bytes(r0, r1, r2), 5)
+    u0, u3 = _ascending(u0, u3)
+    u1, u4 = _ascending(u1, u4)
+    u0, u2 = _ascending(u0, u2)
+    u1, u3 = _ascending(u1, u3)
+    u0, u1 = _ascending(u0, u1)
+    u2, u4 = _ascending(u2, u4)
+    u1, u2 = _ascending(u1, u2)
+    u3, u4 = _ascending(u3, u4)
+    u2, u3 = _ascending(u2, u3)
+    return u0 - 1, u1 - u0, u2 - u1, u3 - u2, u4 - u3, 2 - u4
 
 
 @triton.jit
 def _load_planes(pointer, offsets, plane, inside):
-    """One block of each of the six planes."""
-    x0 = tl.load(pointer + offsets, inside, 0)
-    x1 = tl.load(pointer + plane + offsets, inside, 0)
-    x2 = tl.load(pointer + 2 * plane + offsets, inside, 0)
-    x3 = tl.load(pointer + 3 * plane + offsets, inside, 0)
-    x4 = tl.load(pointer + 4 * plane + offsets, inside, 0)
-    x5 = tl.load(pointer + 5 * plane + offsets, inside, 0)
+    """One block of each of the six planes, in float32."""
+    x0 = to_float(tl.load(pointer + offsets, inside, 0))
+    x1 = to_float(tl.load(pointer + plane + offsets, inside, 0))
+    x2 = to_float(tl.load(pointer + 2 * plane + offsets, inside, 0))
+    x3 = to_float(tl.load(pointer + 3 * plane + offsets, inside, 0))
+    x4 = to_float(tl.load(pointer + 4 * plane + offsets, inside, 0))
+    x5 = to_float(tl.load(pointer + 5 * plane + offsets, inside, 0))
     return x0, x1, x2, x3, x4, x5
 
 
 @triton.jit
 def _soft_probabilities(logits, offsets, seed, layer, micro_step, rank, scale, inverse_temperature):
     """Six probabilities of each group, to be multiplied by the seventh result, and the code of the largest."""
-    r0, r1, r2, r3 = philox(offsets, layer, micro_step, rank, seed)
-    y0 = _score(logits[0], r0 >> 11, scale)
-    y1 = _score(logits[1], r1 >> 11, scale)
-    y2 = _score(logits[2], r2 >> 11, scale)
-    y3 = _score(logits[3], r3 >> 11, scale)
-    y4 = _score(logits[4], (r0 & 0x7FF) << 10 | r1 & 0x3FF, scale)
-    y5 = _score(logits[5], (r2 & 0x7FF) << 10 | r3 & 0x3FF, scale)
+    r0, r1, r2, r3 = philox(_beside(offsets, logits[0]), layer, micro_step, rank, seed)
+    e0, e1, e2, e3, e4, e5 = _spacings(r0, r1, r2, r3)
+    # log2 of exp(scale * l + g), up to a constant
+    y0, y1 = logits[0] * scale - log2(e0), logits[1] * scale - log2(e1)
+    y2, y3 = logits[2] * scale - log2(e2), logits[3] * scale - log2(e3)
+    y4, y5 = logits[4] * scale - log2(e4), logits[5] * scale - log2(e5)
     largest = tl.maximum(tl.maximum(tl.maximum(y0, y1), tl.maximum(y2, y3)), tl.maximum(y4, y5))
     code = tl.where(y3 == largest, 3, tl.where(y4 == largest, 4, 5))
     code = tl.where(y0 == largest, 0, tl.where(y1 == largest, 1, tl.where(y2 == largest, 2, code)))
@@ -83,7 +119,13 @@ def _soft_probabilities(logits, offsets, seed, layer, micro_step, rank, scale, i
     p0, p1 = exp2(y0 * inverse_temperature - shift), exp2(y1 * inverse_temperature - shift)
     p2, p3 = exp2(y2 * inverse_temperature - shift), exp2(y3 * inverse_temperature - shift)
     p4, p5 = exp2(y4 * inverse_temperature - shift), exp2(y5 * inverse_temperature - shift)
-    return p0, p1, p2, p3, p4, p5, reciprocal(p0 + p1 + p2 + p3 + p4 + p5), code
+    return p0, p1, p2, p3, p4, p5, reciprocal(p0 + p1 + p2 + (p3 + p4) + p5), code
+
+
+@triton.jit
+def _mix(p0, p1, p2, p3, p4, p5):
+    """The soft mask of each of the four places of a group."""
+    return p0 + p1 + p2, p3 + p4 + p0, p1 + p3 + p5, p4 + p5 + p2
 
 
 @triton.jit
@@ -157,7 +199,6 @@ def _forward(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     ALIGNED: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     column, strip = tl.program_id(0), tl.program_id(1)
     group = column * _GROUPS + tl.arange(0, _GROUPS)
@@ -167,13 +208,14 @@ def _forward(
     micro_step = tl.load(integers_ptr)
     tile_share = _tile_of_program(tile_ptr, tile_columns, steps, HEIGHT, WIDTH) if ALIGNED else 0.0
     squares = tl.zeros([_ROWS, 4 * _GROUPS], tl.float32)
-    for step in tl.range(steps, num_stages=STAGES):
+    for step in tl.range(steps, num_stages=_STAGES):
         rows = (strip * steps + step) * _ROWS + tl.arange(0, _ROWS)
         offsets = rows[:, None] * groups + group[None, :]
         weights_at = rows[:, None] * (4 * groups) + place[None, :]
         inside = _inside(rows, group, out, groups, EVEN)
         weights_inside = _inside(rows, place, out, 4 * groups, EVEN)
         weight = tl.load(weight_ptr + weights_at, weights_inside, 0).to(tl.float32)
+        unit = 1.0  # of m0 to m3
         if patterns_ptr.dtype.element_ty == tl.uint8:
             m0, m1, m2, m3 = _kept_by(tl.load(patterns_ptr + offsets, inside, 0))
         else:
@@ -184,11 +226,13 @@ def _forward(
             if HARD:
                 m0, m1, m2, m3 = _kept_by(code)
             else:
-                m0, m1 = (p0 + p1 + p2) * inverse, (p0 + p3 + p4) * inverse
-                m2, m3 = (p1 + p3 + p5) * inverse, (p2 + p4 + p5) * inverse
-        if tile_ptr is not None:
-            t = tile_share if ALIGNED else _tile_of_groups(tile_ptr, rows, group, inside, tile_columns, HEIGHT, WIDTH)
-            m0, m1, m2, m3 = t + (1 - t) * m0, t + (1 - t) * m1, t + (1 - t) * m2, t + (1 - t) * m3
+                m0, m1, m2, m3 = _mix(p0, p1, p2, p3, p4, p5)
+                unit = inverse
+        t = tile_share
+        if tile_ptr is not None and not ALIGNED:
+            t = _tile_of_groups(tile_ptr, rows, group, inside, tile_columns, HEIGHT, WIDTH)
+        unit = (1 - t) * unit
+        m0, m1, m2, m3 = t + unit * m0, t + unit * m1, t + unit * m2, t + unit * m3
         effective = weight * _join(m0, m1, m2, m3)
         tl.store(effective_ptr + weights_at, effective.to(effective_ptr.dtype.element_ty), weights_inside)
         squares += effective * effective
@@ -218,6 +262,7 @@ def _backward(
     d_square_sum_ptr,  # float32 [] or None
     d_logits_ptr,  # float [6, out, groups] or None
     d_tile_ptr,  # float32 [strips, columns] if ALIGNED, else [out, groups]
+    squares_ptr,  # float32 [programs] or None: sums of the squares of d_logits
     reals_ptr,
     integers_ptr,
     seed,
@@ -232,7 +277,6 @@ def _backward(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     ALIGNED: tl.constexpr,
-    STAGES: tl.constexpr,
     BUFFER: tl.constexpr,
 ):
     column, strip = tl.program_id(0), tl.program_id(1)
@@ -247,7 +291,8 @@ def _backward(
     twice = 2 * tl.load(d_square_sum_ptr) if d_square_sum_ptr is not None else 0.0
     tile_share = _tile_of_program(tile_ptr, tile_columns, steps, HEIGHT, WIDTH) if ALIGNED else 0.0
     d_tile = tl.zeros([_ROWS, _GROUPS], tl.float32)
-    for step in tl.range(steps, num_stages=STAGES):
+    squares = tl.zeros([_ROWS, _GROUPS], tl.float32)
+    for step in tl.range(steps, num_stages=_STAGES):
         rows = (strip * steps + step) * _ROWS + tl.arange(0, _ROWS)
         offsets = rows[:, None] * groups + group[None, :]
         weights_at = rows[:, None] * (4 * groups) + place[None, :]
@@ -255,6 +300,7 @@ def _backward(
         weights_inside = _inside(rows, place, out, 4 * groups, EVEN)
         weight = tl.load(weight_ptr + weights_at, weights_inside, 0).to(tl.float32)
         d_effective = tl.load(d_effective_ptr + weights_at, weights_inside, 0).to(tl.float32)
+        unit = 1.0  # of m0 to m3
         if patterns_ptr.dtype.element_ty == tl.uint8:
             m0, m1, m2, m3 = _kept_by(tl.load(patterns_ptr + offsets, inside, 0))
         else:
@@ -266,39 +312,43 @@ def _backward(
             p0, p1, p2, p3, p4, p5, inverse, code = _soft_probabilities(
                 logits, offsets, seed, layer, micro_step, rank, scale, inverse_temperature
             )
-            p0, p1, p2, p3, p4, p5 = p0 * inverse, p1 * inverse, p2 * inverse, p3 * inverse, p4 * inverse, p5 * inverse
             if HARD:
                 m0, m1, m2, m3 = _kept_by(code)
             else:
-                m0, m1, m2, m3 = p0 + p1 + p2, p0 + p3 + p4, p1 + p3 + p5, p2 + p4 + p5
+                m0, m1, m2, m3 = _mix(p0, p1, p2, p3, p4, p5)
+                unit = inverse
         w0, w1, w2, w3 = _split(weight)
         g0, g1, g2, g3 = _split(d_effective)
         t = tile_share
         if tile_ptr is not None and not ALIGNED:
             t = _tile_of_groups(tile_ptr, rows, group, inside, tile_columns, HEIGHT, WIDTH)
-        d0 = (g0 + twice * (t + (1 - t) * m0) * w0) * w0
-        d1 = (g1 + twice * (t + (1 - t) * m1) * w1) * w1
-        d2 = (g2 + twice * (t + (1 - t) * m2) * w2) * w2
-        d3 = (g3 + twice * (t + (1 - t) * m3) * w3) * w3
+        least, span = twice * t, twice * (1 - t) * unit
+        d0, d1 = (g0 + (least + span * m0) * w0) * w0, (g1 + (least + span * m1) * w1) * w1
+        d2, d3 = (g2 + (least + span * m2) * w2) * w2, (g3 + (least + span * m3) * w3) * w3
+        mean = (d0 * m0 + d1 * m1 + d2 * m2 + d3 * m3) * unit
         if tile_ptr is not None:
-            d_share = d0 * (1 - m0) + d1 * (1 - m1) + d2 * (1 - m2) + d3 * (1 - m3)
+            d_share = d0 + d1 + d2 + d3 - mean
             if ALIGNED:
                 d_tile += d_share
             else:
                 tl.store(d_tile_ptr + offsets, d_share, inside)
         if d_logits_ptr is not None:
-            e0, e1, e2, e3, e4, e5 = d0 + d1, d0 + d2, d0 + d3, d1 + d2, d1 + d3, d2 + d3
-            mean = p0 * e0 + p1 * e1 + p2 * e2 + p3 * e3 + p4 * e4 + p5 * e5
-            factor = slope * (1 - t)
-            at = d_logits_ptr + offsets
-            tl.store(at, (before[0] + p0 * (e0 - mean) * factor).to(at.dtype.element_ty), inside)
-            tl.store(at + plane, (before[1] + p1 * (e1 - mean) * factor).to(at.dtype.element_ty), inside)
-            tl.store(at + 2 * plane, (before[2] + p2 * (e2 - mean) * factor).to(at.dtype.element_ty), inside)
-            tl.store(at + 3 * plane, (before[3] + p3 * (e3 - mean) * factor).to(at.dtype.element_ty), inside)
-            tl.store(at + 4 * plane, (before[4] + p4 * (e4 - mean) * factor).to(at.dtype.element_ty), inside)
-            tl.store(at + 5 * plane, (before[5] + p5 * (e5 - mean) * factor).to(at.dtype.element_ty), inside)
+            if HARD:
+                m0, m1, m2, m3 = _mix(p0, p1, p2, p3, p4, p5)
+                mean = (d0 * m0 + d1 * m1 + d2 * m2 + d3 * m3) * inverse
+            # the mean over the patterns of what each keeps of d0 to d3 is the mean of d under the soft mask
+            factor = slope * (1 - t) * inverse
+            c1, c2, c3 = d1 - mean, d2 - mean, d3 - mean
+            x0, x1 = before[0] + p0 * factor * (d0 + c1), before[1] + p1 * factor * (d0 + c2)
+            x2, x3 = before[2] + p2 * factor * (d0 + c3), before[3] + p3 * factor * (d1 + c2)
+            x4, x5 = before[4] + p4 * factor * (d1 + c3), before[5] + p5 * factor * (d2 + c3)
+            _store_planes(d_logits_ptr, offsets, plane, inside, x0, x1, x2, x3, x4, x5)
+            if squares_ptr is not None:
+                squares += x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3 + x4 * x4 + x5 * x5
     if ALIGNED:
         tl.store(d_tile_ptr + strip * tl.num_programs(0) + column, tl.sum(d_tile))
+    if squares_ptr is not None:
+        tl.store(squares_ptr + strip * tl.num_programs(0) + column, tl.sum(squares))
 
 
 class _Plan(NamedTuple):
@@ -337,6 +387,12 @@ def _divides(part: int, size: int, whole: int) -> bool:
     return size % part == 0 or size >= whole
 
 
+def programs(weight: Tensor, tile: tuple[int, int]) -> int:
+    """As `soft_mask.programs`."""
+    plan = _Plan.of(weight, tile)
+    return plan.columns * plan.strips
+
+
 def forward(weight: Tensor, patterns: Tensor, tile_sample: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
     """As `soft_mask.forward`."""
     plan, sampling = _Plan.of(weight, call.tile), call.sampling
@@ -351,7 +407,7 @@ def forward(weight: Tensor, patterns: Tensor, tile_sample: Tensor | None, call: 
         square_sum,
         partial,
         sampling.arrivals,
-        **_common(weight, patterns, tile_sample, call, plan),
+        **_common(weight, tile_sample, call, plan),
     )
     return effective, square_sum
 
@@ -381,7 +437,8 @@ def backward(
         d_square_sum,
         d_logits,
         d_tile,
-        **_common(weight, patterns, tile_sample, call, plan),
+        call.gradient_squares,
+        **_common(weight, tile_sample, call, plan),
         BUFFER=call.gradient is not None,
     )
     if d_tile is not None and plan.aligned:
@@ -391,7 +448,7 @@ def backward(
     return d_logits if call.gradient is None else None, d_tile
 
 
-def _common(weight: Tensor, patterns: Tensor, tile_sample: Tensor | None, call: Call, plan: _Plan) -> dict[str, Any]:
+def _common(weight: Tensor, tile_sample: Tensor | None, call: Call, plan: _Plan) -> dict[str, Any]:
     return {
         "reals_ptr": call.sampling.reals,
         "integers_ptr": call.sampling.integers,
@@ -407,8 +464,6 @@ def _common(weight: Tensor, patterns: Tensor, tile_sample: Tensor | None, call: 
         "HEIGHT": call.tile[0],
         "WIDTH": call.tile[1],
         "ALIGNED": plan.aligned and tile_sample is not None,
-        # loads of the next blocks are under way meanwhile: more of them where each is of fewer bytes
-        "STAGES": 2 if patterns.dtype == torch.float32 else 3,
         "num_warps": WARPS,
     }
 

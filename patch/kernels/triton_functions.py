@@ -44,6 +44,31 @@ def philox(c0, c1, c2, c3, seed):
 
 
 @triton.jit
+def high_bytes(x, y, z):
+    """The highest bytes of x, y and z as the third, second and lowest of a 32-bit word; the highest is undefined."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 pair; prmt.b32 pair, $1, $2, 0x4437; prmt.b32 $0, pair, $3, 0x4107; }",
+        "=r,r,r,r",
+        [x, y, z],
+        dtype=tl.uint32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def to_float(x):
+    """x as float32. The two bfloat16 of a register take an instruction each, a third less than as conversions."""
+    if x.dtype == tl.bfloat16:
+        y = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;", "=&f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )
+    else:
+        y = x.to(tl.float32)
+    return y
+
+
+@triton.jit
 def log2(x):
     """Approximate: largest error 2**-22 for x in (0.5, 2), relative elsewhere."""
     return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)

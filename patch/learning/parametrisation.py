@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from patch.artefacts import PatchError
-from patch.kernels.soft_mask import Sampling, effective_weight
+from patch.kernels.soft_mask import Sampling, effective_weight, square_sums
 from patch.learning.priors import codes_of_mask, pattern_offsets, random_logits, tile_offsets
 from patch.learning.schedules import Sharpness
 from patch.methods import Learned, LearnedPatterns, LearnedTiles, MaskLLM
@@ -103,6 +103,7 @@ class MaskedBlock(nn.Module):
                 linear.index,
                 hard=hard,
                 gradient=self._gradient_of(linear),
+                gradient_squares=self._masks[0].gradient_squares.get(linear.index),
             )
             for number, linear in enumerate(self.linears)
         ]
@@ -163,6 +164,8 @@ class LearnableMasks:
         """float32 [linears] of every block, filled by the forward pass."""
         self.gradients: dict[MaskedBlock, Tensor] = {}
         """Flat buffers that the kernels add the 2:4 logits' gradients to."""
+        self.gradient_squares: dict[int, Tensor] = {}
+        """Of every linear by its number, a part of `all_squares` that every backward pass fills."""
         self.call = run_block
         """How a block computes with given weights; replaced by a compiled version on GPUs."""
         self._tile_samples: dict[MaskedBlock, list[Tensor | None]] = {}
@@ -198,11 +201,23 @@ class LearnableMasks:
             yield self.tile_logits
 
     def accumulate_in_place(self) -> None:
-        """Give every block's 2:4 logits a gradient buffer that the kernels add to (not under FSDP)."""
+        """Give every block's 2:4 logits a gradient buffer that the kernels add to (not under FSDP).
+
+        `all_squares`, float32, then sums up to the squared norm of these gradients after every backward pass.
+        """
         dtype = torch.bfloat16 if self.method.gradient_dtype == "bfloat16" else torch.float32
         for block in self.blocks:
             if block.pattern_logits is not None:
                 self.gradients[block] = torch.zeros_like(block.pattern_logits, dtype=dtype)
+        if self.learns_patterns:
+            parts = [
+                square_sums(block.block.get_parameter(f"{linear.name_in_block}.weight"), linear.tile)
+                for block in self.blocks
+                for linear in block.linears
+            ]
+            self.all_squares = torch.zeros(sum(parts), device=self.device)
+            numbers = [linear.index for linear in self.linears]
+            self.gradient_squares = dict(zip(numbers, self.all_squares.split(parts), strict=True))
 
     def remove(self) -> None:
         """Put the model's own blocks back."""

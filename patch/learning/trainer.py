@@ -258,11 +258,14 @@ class Trainer(Loop):
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         """Norm of all gradients together, over all processes."""
-        if not self.sharded:
-            return gradient_norm(gradients)
         whole = self._tile_gradient()
-        squares = gradient_norm(gradients[: len(gradients) - len(whole)]) ** 2
-        torch.distributed.all_reduce(squares)
+        if self.sharded:
+            squares = gradient_norm(gradients[: len(gradients) - len(whole)]) ** 2
+            torch.distributed.all_reduce(squares)
+        elif self.masks.learns_patterns and distributed.world_size() == 1:
+            squares = self.masks.all_squares.sum()  # of the last backward pass, which had the gradients at hand
+        else:
+            return gradient_norm(gradients)
         return (squares + (gradient_norm(whole) ** 2 if whole else 0)).sqrt()
 
     # ---- curves ----------------------------------------------------------------------------------------------

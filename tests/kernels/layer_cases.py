@@ -65,11 +65,20 @@ class Case:
             hard,
         )
 
-    def run(self, sampling: Sampling, gradient: Tensor | None = None) -> dict[str, Any]:
+    def run(
+        self, sampling: Sampling, gradient: Tensor | None = None, gradient_squares: Tensor | None = None
+    ) -> dict[str, Any]:
         """Values and gradients of `effective_weight`."""
         inputs = self._inputs()
         effective, square_sum = effective_weight(
-            self.weight, *inputs, self.tile, sampling, LAYER, hard=self.hard, gradient=gradient
+            self.weight,
+            *inputs,
+            self.tile,
+            sampling,
+            LAYER,
+            hard=self.hard,
+            gradient=gradient,
+            gradient_squares=gradient_squares,
         )
         return self._results(effective, square_sum, inputs)
 

@@ -8,7 +8,7 @@ from layer_cases import LAYER, SHAPES, SHARPNESS, Case, assert_agree, make_sampl
 
 from patch.kernels.adamw import FusedAdamW
 from patch.kernels.proximal import proximal_
-from patch.kernels.soft_mask import Sampling, effective_weight
+from patch.kernels.soft_mask import Sampling, effective_weight, square_sums
 
 pytestmark = pytest.mark.gpu
 
@@ -47,11 +47,31 @@ def test_gradients_go_into_a_buffer_or_are_added_to_it(dtype):
     case, sampling = Case.random((40, 200), (16, 128), device="cuda"), make_sampling("cuda")
     wanted = case.run(sampling)["d_logits"]
     buffer = torch.full_like(case.patterns, float("nan"), dtype=dtype)
-    assert case.run(sampling, buffer)["d_logits"] is None
+    squares = torch.full((square_sums(case.weight, case.tile),), float("nan"), device="cuda")
+    assert case.run(sampling, buffer, squares)["d_logits"] is None
     torch.testing.assert_close(buffer.cpu(), wanted.to(dtype))
+    torch.testing.assert_close(squares.sum().cpu(), wanted.square().sum())
     set_sharpness(sampling, accumulate=True)
-    case.run(sampling, buffer)
-    torch.testing.assert_close(buffer.cpu().float(), (wanted.to(dtype).float() + wanted).to(dtype).float())
+    case.run(sampling, buffer, squares)
+    total = wanted.to(dtype).float() + wanted
+    torch.testing.assert_close(buffer.cpu().float(), total.to(dtype).float())
+    torch.testing.assert_close(squares.sum().cpu(), total.square().sum())
+
+
+def test_programs_of_several_blocks_add_to_what_is_there():
+    shape, dtype = (4096, 4096), torch.bfloat16
+    case = Case.random(shape, (128, 128), dtype=dtype, logits_dtype=dtype, device="cuda")
+    sampling, alone = make_sampling("cuda"), torch.empty(2, *case.patterns.shape, device="cuda")
+    squares = torch.empty(square_sums(case.weight, case.tile), device="cuda")
+    assert len(squares) == 4096  # and there are 16384 blocks
+    for micro_step in (0, 1):
+        set_sharpness(sampling, micro_step)
+        case.run(sampling, alone[micro_step], squares)
+    total = alone[0].clone()
+    set_sharpness(sampling, 1, accumulate=True)
+    case.run(sampling, total, squares)
+    torch.testing.assert_close(total, alone.sum(dim=0), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(squares.double().sum(), total.double().square().sum(), rtol=1e-5, atol=0)
 
 
 def test_results_are_the_same_bit_for_bit_every_time():
@@ -64,10 +84,12 @@ def test_results_are_the_same_bit_for_bit_every_time():
 def test_one_cuda_graph_serves_every_micro_step():
     case, sampling = Case.random((128, 256), (32, 128), device="cuda"), make_sampling("cuda")
     logits, tiles = case.patterns.clone().requires_grad_(), case.tile_sample.clone().requires_grad_()
-    buffer = torch.zeros_like(case.patterns)
+    buffer, squares = torch.zeros_like(case.patterns), torch.zeros(square_sums(case.weight, case.tile), device="cuda")
 
     def step():
-        weight, square_sum = effective_weight(case.weight, logits, tiles, case.tile, sampling, LAYER, gradient=buffer)
+        weight, square_sum = effective_weight(
+            *(case.weight, logits, tiles, case.tile, sampling, LAYER), gradient=buffer, gradient_squares=squares
+        )
         torch.autograd.backward(
             [weight, square_sum], [case.d_effective, torch.full_like(square_sum, case.d_square_sum)]
         )
@@ -90,6 +112,7 @@ def test_one_cuda_graph_serves_every_micro_step():
         assert torch.equal(weight.cpu(), alone["effective"])
         assert torch.equal(square_sum.cpu(), alone["square_sum"])
         torch.testing.assert_close(buffer, expected)
+        torch.testing.assert_close(squares.sum(), expected.square().sum())
 
 
 @pytest.mark.parametrize("size", [0.0, 0.04, 30.0])

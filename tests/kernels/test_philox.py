@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from patch.kernels.philox import philox, six_integers
+from patch.kernels.philox import philox, spacings
 from patch.kernels.soft_mask import Sampling, gumbel_of, philox_noise, tabulated_noise
 
 ONES = 0xFFFFFFFF
@@ -27,9 +27,15 @@ ROWS, GROUPS = 200, 500
 
 
 def draw(noise, seed=1, rank=0, micro_step=0, layer=0, rows=ROWS):
+    """Gumbel noise; of what is so up to a shift the shift is drawn here: the sum of six exponentials is independent."""
     sampling = Sampling(seed, rank, "cpu")
     sampling.set(micro_step, scale=1.0, temperature=1.0, accumulate=False)
-    return noise(sampling, layer, GROUPS)(rows)
+    gumbel = noise(sampling, layer, GROUPS)(rows)
+    if noise is tabulated_noise:
+        return gumbel
+    generator = torch.Generator().manual_seed(1000 * seed + 100 * rank + 10 * micro_step + layer)
+    exponentials = torch.empty(6, rows, GROUPS).exponential_(generator=generator)
+    return gumbel - exponentials.sum(0).log()
 
 
 @pytest.mark.parametrize(("rounds", "counter", "key", "words"), KNOWN)
@@ -42,12 +48,19 @@ def test_counters_broadcast():
     assert [int(word[1, 2]) for word in words] == [int(word) for word in philox(5, (5, 1, 2, 3))]
 
 
-def test_every_one_of_126_bits_is_fair_and_used_once():
+def test_spacings_are_what_lies_between_five_uniform_numbers():
     words = philox(1, (torch.arange(20000), 0, 0, 0))
-    integers = six_integers(words)
-    assert integers.min() >= 0
-    assert integers.max() < 2**21
-    bits = (integers.unsqueeze(-1) >> torch.arange(21) & 1).transpose(1, 2).reshape(126, -1).double()
+    parts = spacings(words)
+    assert parts.shape == (6, 20000)
+    assert parts.min() >= 2**-23
+    assert (parts.double().sum(0) == 1).all()
+
+
+def test_every_one_of_100_bits_is_fair_and_used_once():
+    words = philox(1, (torch.arange(20000), 0, 0, 0))
+    places = (spacings(words).double().cumsum(0)[:5] * 2**23).long().T
+    integers = (places.gather(1, (places & 7).argsort(dim=1)) >> 3).T  # in the order of their words
+    bits = (integers.unsqueeze(-1) >> torch.arange(20) & 1).transpose(1, 2).reshape(100, -1).double()
     assert (bits.mean(1) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(20000)
     correlation = torch.corrcoef(bits).fill_diagonal_(0).abs().max()
     assert correlation < 5.5 / math.sqrt(20000)
@@ -89,5 +102,7 @@ def test_noise_is_the_same_however_many_rows_are_drawn_at_once(noise, groups):
 
 
 def test_the_extreme_integers_give_finite_noise():
-    extremes = gumbel_of(torch.tensor([0, 2**21 - 1]), bits=21)
-    torch.testing.assert_close(extremes, torch.tensor([-2.7246, 15.2492], dtype=torch.float64), rtol=0, atol=1e-3)
+    extremes = gumbel_of(torch.tensor([0, 2**16 - 1]), bits=16)
+    torch.testing.assert_close(extremes, torch.tensor([-2.4668, 11.7835], dtype=torch.float64), rtol=0, atol=1e-3)
+    equal = spacings(tuple(torch.tensor([0, ONES]) for _ in range(4)))
+    assert (equal > 0).all()

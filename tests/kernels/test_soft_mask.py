@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from patch.artefacts import PatchError
 from patch.kernels import soft_mask
-from patch.kernels.soft_mask import Sampling, effective_weight, reference, tabulated_noise
+from patch.kernels.soft_mask import Sampling, effective_weight, reference, square_sums, tabulated_noise
 from patch.sparsity.packing import PATTERNS_2_4
 from patch.sparsity.tiles import expand
 
@@ -99,11 +99,15 @@ def test_gradients_go_into_a_buffer_or_are_added_to_it(dtype):
     case, sampling = Case.random((40, 64), (16, 32)), make_sampling()
     wanted = case.run(sampling)["d_logits"]
     buffer = torch.full_like(case.patterns, 3.0, dtype=dtype)
-    assert case.run(sampling, buffer)["d_logits"] is None
+    squares = torch.full((square_sums(case.weight, case.tile),), 3.0)
+    assert case.run(sampling, buffer, squares)["d_logits"] is None
     torch.testing.assert_close(buffer, wanted.to(dtype))
+    torch.testing.assert_close(squares.sum(), wanted.square().sum())
     sampling.set(7, accumulate=True, **SHARPNESS)
-    case.run(sampling, buffer)
-    torch.testing.assert_close(buffer.float(), (wanted.to(dtype).float() + wanted).to(dtype).float())
+    case.run(sampling, buffer, squares)
+    total = wanted.to(dtype).float() + wanted
+    torch.testing.assert_close(buffer.float(), total.to(dtype).float())
+    torch.testing.assert_close(squares.sum(), total.square().sum())
 
 
 def test_the_sum_of_squares_alone_can_be_differentiated():
@@ -154,6 +158,7 @@ def test_tiles_at_their_limits_are_sparse_or_dense(share):
         ({"tile_sample": torch.zeros(2, 2)}, r"this weight needs \(2, 1\)"),
         ({"tile": (2, 6)}, "multiple of 4"),
         ({"gradient": torch.zeros(6, 4, 1)}, "gradient buffer"),
+        ({"gradient_squares": torch.zeros(2)}, r"sums of squares of shape \(2,\): this weight needs \(1,\)"),
     ],
 )
 def test_wrong_shapes_are_named(change, message):

@@ -16,11 +16,14 @@ import transformers
 from patch.artefacts import PatchError
 from patch.data import TokenSet
 from patch.learning import LearnedMasks, Stopped, learn_masks, loop
+from patch.learning.loop import gradient_norm
+from patch.learning.optimizers import apply
 from patch.learning.state import State, StateDirectory
 from patch.methods import MaskLLM, PatchJoint
 from patch.sparsity.maskset import MaskSet
 from patch.sparsity.patterns import Pattern
 
+BFLOAT16 = {"gradient_dtype": "bfloat16", "optimizer": "adamw_fused"}
 WORDS = ["the", "tile", "mask", "weight", "river", "mountain", "paper", "because", "while", "never"]
 
 
@@ -112,6 +115,22 @@ def test_gradients_add_up_over_micro_batches(learn: Callable[..., LearnedMasks])
     four = learn("patch_joint", micro_batch_size=1, steps=1, **sharp, **soft)
     assert one.curves[0]["gradient_norm"] > 0
     assert four.curves[0]["gradient_norm"] == pytest.approx(one.curves[0]["gradient_norm"], rel=0.05)
+
+
+@pytest.mark.parametrize("options", [{"micro_batch_size": 1}, {"micro_batch_size": 4}, {"noise": "step"}, BFLOAT16])
+@pytest.mark.parametrize("name", ["maskllm", "patch_joint", "patch_tile"])
+def test_the_gradient_norm_is_that_of_what_the_optimiser_gets(
+    learn: Callable[..., LearnedMasks], monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, str]
+) -> None:
+    seen: list[float] = []
+
+    def spy(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor], factor: torch.Tensor) -> None:
+        seen.append(float(gradient_norm(gradients)))
+        apply(optimizer, gradients, factor)
+
+    monkeypatch.setattr("patch.learning.trainer.apply", spy)
+    curves = learn(name, **options).curves
+    assert [row["gradient_norm"] for row in curves] == pytest.approx(seen, rel=1e-3 if options is BFLOAT16 else 1e-5)
 
 
 def test_checkpointing_changes_nothing_but_memory(learn: Callable[..., LearnedMasks]) -> None:
