@@ -21,7 +21,9 @@ def test_settings_become_resources_of_jobs_with_and_without_gpus() -> None:
     assert site.resources(gpus=True) == {"slurm_account": "lab", "slurm_partition": "gpu", "gpu_model": "h100"}
 
 
-def test_jobs_take_gpus_where_the_site_or_this_machine_has_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_jobs_take_gpus_where_the_site_or_this_machine_has_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert [runs_on_gpu(device, Site()) for device in ("auto", "cpu", "cuda")] == [False, False, True]
     assert [runs_on_gpu(device, Site(gpu=Gpu())) for device in ("auto", "cpu")] == [True, False]
