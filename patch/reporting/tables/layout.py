@@ -75,8 +75,8 @@ class Table:
 def write_table(table: Table, name: str, directory: Path | str, title: str = "") -> list[Path]:
     """Write NAME.csv with all columns in full precision, and readable as NAME.md, .tex and .html; return the paths.
 
-    NAME.tex is one booktabs `tabular` with its notes, to be \\input inside a table environment; more than PAGE rows are a
-    `longtable`, to be \\input by itself.
+    NAME.tex is one booktabs `tabular` with its notes, to be \\input inside a table environment; more than PAGE rows
+    are a `longtable`, to be \\input by itself.
     """
     base = Path(directory) / name
     with atomic_path(base.with_suffix(".csv")) as temporary:
