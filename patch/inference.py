@@ -25,7 +25,8 @@ from patch.kernels.hybrid.linear import HybridLinear, check_state
 from patch.models import load_model, prunable_linears
 from patch.sparsity.maskset import LinearMask, MaskSet
 
-TOKENS = (1, 16)
+TOKENS = (1, 16, 64, 2048)
+"""Decoding of one and of some sequences, of many, and a prompt."""
 log = logging.getLogger(__name__)
 
 
@@ -46,10 +47,18 @@ def load(
     dtype: of a model that is loaded here; "bfloat16" or "float16" where it was saved in something else.
     fuse: compute query, key and value by one product, and gate and up.
     tokens: on a GPU, a layer that would be slower than dense (by more than 3 %) in a call with any of these numbers of
-        tokens stays dense. The default is decoding; () packs every layer that gets smaller.
+        tokens stays dense. The default is decoding and prompts; (1, 16) for decoding alone, which packs more layers;
+        () packs every layer that gets smaller.
+
+    No layer is slower than dense by more than 3 % in calls with those numbers of tokens, nor, as far as powers of two
+    stand for the numbers up to them, with 9 to 16, 33 to 64 and 1025 to 2048 by default. Other calls are not looked at.
+    Times are those of `patch.kernels.hybrid.dispatch`: measured on the first load for each number of tokens, shape and
+    share of 2:4 tiles (to 5 %), and read from its file from then on. So a load costs four measurements for each
+    different layer at most, once on each kind of GPU.
 
     Layers of a pattern without 2:4 groups of four (unstructured, dense) stay `nn.Linear`s with zeros.
-    Raises PatchError where the mask belongs to another model or the weights cannot be packed, naming the layer.
+    Raises PatchError where the mask belongs to another model, the weights cannot be packed or no kernel runs on the
+    device, naming the layer.
     """
     if masks is None:
         masks = masks_in(model) if isinstance(model, str | Path) else None
@@ -162,9 +171,11 @@ def _packed(name: str, dense: nn.Linear, masks: Sequence[LinearMask]) -> HybridW
     if keep.all():
         return None
     try:
-        return pack(dense.weight, keep)
+        weight = pack(dense.weight, keep)
+        dispatch.check(weight)
     except PatchError as error:
         raise PatchError(f"layer {name}: {error}") from None
+    return weight
 
 
 def _slower(weight: HybridWeight, tokens: Sequence[int]) -> str | None:
