@@ -198,6 +198,7 @@ def test_a_task_is_scored_like_by_the_masked_dense_model(monkeypatch):
     masks = random_masks(model, 0.25)
     dense, exact = masked(model, masks)
     loaded = patch.load(model, masks, tokens=())
+    assert hybrid_linears(loaded)
     loglikelihood, scores = CausalScorer.loglikelihood, []
 
     def kept(scorer, requests, disable_tqdm=True):
