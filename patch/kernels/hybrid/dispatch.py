@@ -3,7 +3,8 @@
 A case is a GPU, a dtype, a shape, a share of 2:4 tiles (to 5 %) and a number of tokens (to the next power of two). On
 its first call all kernels that support it run on the weight itself, beside a dense layer of the same shape, and the
 fastest one serves the case from then on, in later processes too: times are kept in a file for the GPU, the kernels'
-source and PyTorch. While a CUDA graph is captured nothing is measured; without a known case a rule of thumb decides.
+source and PyTorch. `patch.load` leaves layers dense that no kernel makes fast enough. While a CUDA graph is captured
+nothing is measured; without a known case a rule of thumb decides.
 """
 
 from __future__ import annotations
