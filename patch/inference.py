@@ -50,10 +50,10 @@ def load(
         tokens stays dense. The default is decoding and prompts; (1, 16) for decoding alone, which packs more layers;
         () packs every layer that gets smaller.
 
-    So no layer is slower than dense by more than 3 % in calls with `tokens`. A time stands for fewer tokens, too, down to
-    half as many: by default 9 to 16, 33 to 64 and 1025 to 2048 are covered. Other numbers are not looked at. Times are
-    those of `patch.kernels.hybrid.dispatch`, one for each of `tokens`, shape and share of 2:4 tiles (to 5 %): the first
-    load on a GPU measures them, later ones read them from a file.
+    So in calls with `tokens` no layer is slower than dense by more than 3 %. A time stands for fewer tokens, too, down
+    to half as many: by default 9 to 16, 33 to 64 and 1025 to 2048 are covered. Other numbers are not looked at. Times
+    are those of `patch.kernels.hybrid.dispatch`, one for each of `tokens`, shape and share of 2:4 tiles (to 5 %): the
+    first load on a GPU measures them, later ones read them from a file.
 
     Layers of a pattern without 2:4 groups of four (unstructured, dense) stay `nn.Linear`s with zeros.
     Raises PatchError where the mask belongs to another model, the weights cannot be packed or no kernel runs on the
