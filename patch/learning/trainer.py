@@ -28,7 +28,7 @@ from patch.learning.parametrisation import LearnableMasks, run_block
 from patch.learning.readback import Readback
 from patch.learning.schedules import MaskSchedule
 from patch.learning.selection import final_masks
-from patch.learning.state import kept
+from patch.learning.state import State, kept
 from patch.methods import Learned, LearnedTiles
 from patch.models import prunable_linears
 from patch.sparsity.maskset import MaskSet, fingerprint
@@ -237,6 +237,12 @@ class Trainer(Loop):
 
     def _draw(self, step: int, sample: int, *, accumulate: bool) -> None:
         self.masks.draw(sample, self.schedule.patterns(step), self.schedule.tiles(step), accumulate=accumulate)
+
+    def restore(self, state: State) -> None:
+        super().restore(state)
+        if self.sharded:
+            for block in self.masks.blocks:
+                block.reshard()  # type: ignore[operator]  # or what `prepare` gathered would be used once more
 
     # ---- gradients -------------------------------------------------------------------------------------------
 
