@@ -30,7 +30,7 @@ def run(model: Path, text: Path, output: Path, processes: int, *extra: str) -> d
         ],
         check=True,
         capture_output=True,
-        timeout=180,
+        timeout=300,
     )
     return json.loads((output / "record.json").read_text())
 
@@ -67,13 +67,13 @@ def test_two_processes_that_are_interrupted_go_on_to_the_same_masks(tmp_path: Pa
     psutil.Process(process.pid).children()[-1].send_signal(signal.SIGTERM)
     wait_for(tmp_path / "sharded", 4, process)
     process.send_signal(signal.SIGTERM)
-    process.wait(60)
+    process.wait(120)
     shutil.copytree(tmp_path / "sharded", tmp_path / "sharded, one late")
     max((tmp_path / "sharded, one late").glob("*.rank-1.*")).unlink()
 
     modes = ["whole", "replicated", "whole, sharded", "sharded", "sharded, one late"]
     go_on = [*TORCHRUN, str(SCRIPT), "go-on", str(tmp_path), *modes]
-    subprocess.run(go_on, check=True, capture_output=True, timeout=120)
+    subprocess.run(go_on, check=True, capture_output=True, timeout=300)
     found = json.loads((tmp_path / "results.json").read_text())
     for whole, *others in (modes[:2], modes[2:]):
         for mode in others:
