@@ -322,6 +322,8 @@ def test_benchmarks_are_part_of_the_grid_and_left_out_with_a_line_where_there_is
     shown = ("--dry-run", "-p", "--configfile", str(config), "--directory", str(tmp_path), "--config")
     on_gpu = snakemake(*shown, "device=cuda")
     assert "benchmarks/generation.csv" in on_gpu.stdout
+    (tables,) = commands(on_gpu.stdout, "tables")
+    assert {"throughput", "weight_memory", "layer_speed"} <= set(tables.split())
     assert "skipped: benchmarks" not in on_gpu.stdout + on_gpu.stderr
     on_cpu = snakemake(*shown, "device=cpu")
     assert not commands(on_cpu.stdout, "benchmark join")
