@@ -358,3 +358,26 @@ def test_plan_tells_costs_and_reasons_and_writes_what_fits_a_budget(tmp_path: Pa
         (("--device", "tpu"), "--device tpu: choose one of"),
     ):
         assert message in error_line(patch_llm("plan", *part, *arguments))
+
+
+def test_plan_and_status_name_benchmarks(tmp_path: Path) -> None:
+    config = ROOT / "workflow" / "config" / "paper.yaml"
+    part = ("--config", config, "--results", tmp_path)
+    layer = tmp_path / "layer.yaml"
+    shown = patch_llm("plan", *part, "--target", "layer_speed")
+    assert "paper: 0 cells" in shown.stdout
+    assert "8 benchmark layers" in shown.stdout
+    assert "benchmark generation" not in shown.stdout
+    refused = patch_llm("plan", *part, "--target", "layer_speed", "--budget", 9, "--layer", layer)
+    assert "--budget 9: layer_speed shows benchmarks only" in error_line(refused)
+    budget = patch_llm("plan", *part, "--budget", 0.5)
+    assert "1 GPU-hours come first: random tiles and generated text" in budget.stdout
+    assert "--budget 0.5: no cell is that cheap beside 1 GPU-hours that belong to none." in error_line(budget)
+    skipped = "skipped: benchmarks of layers, generation, memory (no GPU"
+    assert skipped in patch_llm("plan", *part, "--device", "cpu").stdout
+    on_gpu = patch_llm("status", *part, "--all", "--override", '{"device": "cuda"}').stdout
+    assert "paper: 290 waiting" in on_gpu
+    assert "benchmarks/memory/random/llama-3.1-8b" in on_gpu
+    on_cpu = patch_llm("status", *part, "--override", '{"device": "cpu"}').stdout
+    assert "paper: 266 waiting" in on_cpu
+    assert skipped in on_cpu

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from patch.benchmark_jobs import benchmark_jobs
+from patch.experiments import Benchmarks, load_experiment
+from patch.planning.reasons import benchmark_reason
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "workflow" / "config").glob("*.yaml"))
 
@@ -265,30 +269,41 @@ def test_benchmarks_time_random_tiles_and_the_masks_of_chosen_cells(tmp_path: Pa
     shown = ("benchmarks", "--dry-run", "-p", "--configfile", str(config), "--directory", str(tmp_path))
     output = snakemake(*shown, "--config", "device=cuda", "--resources", "gpu=3").stdout
     run, one = "results/timed/benchmarks", "results/timed/one"
-    timed = [line.split("benchmark --exclusive ")[1] for line in commands(output, "benchmark --exclusive")]
-    made = {line.split(" --output ")[1].split()[0]: line.split(" --output ")[0] for line in timed}
+    timed = [line.split("benchmark --exclusive --key ")[1] for line in commands(output, "benchmark --exclusive")]
+    parts = {line.split(" --output ")[1].split()[0]: line.split(" --output ")[0].split(" ", 1) for line in timed}
+    made = {name: command for name, (_, command) in parts.items()}
+    # what is planned and shown, and what is run, are the same
+    experiment = load_experiment([config])
+    planned = {
+        f"results/timed/{job.folder}/rows.csv": job.key
+        for job in benchmark_jobs(experiment, experiment.cells(), on_gpu=True)
+    }
+    assert {name: key for name, (key, _) in parts.items()} == planned
     tile = f"{one}/patch_tile/45-tiles128x128/learn/mask.safetensors"
     wanda = f"{one}/wanda/50-2of4/prune/mask.safetensors"
     rows = "--tokens 1,16"
     kernels, device = "--kernel auto --kernel unpack --compile", "--device cuda"
     sizes = "--batch 1,16 --length 128+128,128+1024"
     layers = {
-        f"{run}/layers/random/{shape}.csv": f"layers --shape {shape} {rows} {kernels} --sparsity 25,45.5 {device}"
+        f"{run}/layers/random/{shape}/rows.csv": f"layers --shape {shape} {rows} {kernels} --sparsity 25,45.5 {device}"
         for shape in ("llama-3.1-8b", "128x64")
     } | {
-        f"{run}/layers/masks/one/{cell}.csv": f"layers --mask {mask} {rows} {kernels} {device}"
+        f"{run}/layers/masks/one/{cell}/rows.csv": f"layers --mask {mask} {rows} {kernels} {device}"
         for cell, mask in (("patch_tile/45-tiles128x128", tile), ("wanda/50-2of4", wanda))
     }
     assert {name: command for name, command in made.items() if "/layers/" in name} == layers
-    generated = f"{run}/generation/masks/one/wanda/50-2of4.csv"
+    generated = f"{run}/generation/masks/one/wanda/50-2of4/rows.csv"
     assert made[generated] == (
         f"generation --shape {one}/model.json --mask {wanda} {sizes} --fused both --compile --device cuda"
     )
-    assert made[f"{run}/memory/random/llama-2-7b.csv"] == "memory --model llama-2-7b --sparsity 25,35,45 --device cuda"
-    assert made[f"{run}/pruning/random/64x64.csv"] == (
+    assert (
+        made[f"{run}/memory/random/llama-2-7b/rows.csv"]
+        == "memory --model llama-2-7b --sparsity 25,35,45 --device cuda"
+    )
+    assert made[f"{run}/pruning/random/64x64/rows.csv"] == (
         "pruning --shape 64x64 --method wanda --pattern 2:4 --samples 2 --length 8 --device cuda"
     )
-    assert made[f"{run}/learning/random/qwen2.5-0.5b.csv"] == (
+    assert made[f"{run}/learning/random/qwen2.5-0.5b/rows.csv"] == (
         "learning --shape qwen2.5-0.5b --mode patch_joint --setting fast --tokens 4096"
     )
     assert len(made) == 4 + 3 + 3 + 1 + 1
@@ -330,3 +345,13 @@ def test_benchmarks_of_a_tiny_layer_run(tmp_path: Path) -> None:
     header, *rows = (tmp_path / "results/tiny/benchmarks/layers.csv").read_text().splitlines()
     assert {"gpu", "torch", "commit", "date", "mask"} <= set(header.split(","))
     assert [row.split(",")[:4] for row in rows] == [["128", "64", tokens, "50.0"] for tokens in ("1", "2")]
+    # its record says so to `plan` and `status`
+    experiment = load_experiment([config])
+    (job,) = benchmark_jobs(experiment, experiment.cells(), on_gpu=False)
+    run = tmp_path / "results" / "tiny"
+    assert benchmark_reason(job, run) is None
+    changed = experiment.model_copy(
+        update={"benchmarks": Benchmarks(without_gpu="run", layers=job.section.model_copy(update={"tokens": (1, 4)}))}
+    )
+    (job,) = benchmark_jobs(changed, changed.cells(), on_gpu=False)
+    assert benchmark_reason(job, run) == "settings changed: tokens 1,2 -> 1,4"

@@ -5,6 +5,7 @@ Each section turns into the options of the command `patch-llm benchmark SECTION`
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
@@ -24,11 +25,16 @@ Count = Annotated[int, Field(gt=0)]
 Percent = Annotated[float, Field(ge=0, le=50)]
 
 
-class Benchmark(BaseModel):
-    """A section; its `options` are those of the command, but for the shape or the mask."""
+class Benchmark(BaseModel, ABC):
+    """A section."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
     takes_masks: ClassVar[bool] = False
+    shapes: tuple[str, ...]
+
+    @abstractmethod
+    def options(self) -> list[str]:
+        """Those of the command, but for the shape or the mask."""
 
     def random_options(self) -> list[str]:
         """Those that only random tiles have."""

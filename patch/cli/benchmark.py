@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from patch.artefacts import PatchError, write_text
 from patch.cli.options import (
@@ -42,6 +44,9 @@ app = typer.Typer(help=__doc__, no_args_is_help=True)
 @app.callback()
 def benchmark(
     exclusive: Annotated[bool, typer.Option("--exclusive", help="Refuse a GPU that other processes work on.")] = False,
+    key: Annotated[
+        str, typer.Option(help="Identity of the job: the workflow passes it, for a record.json beside the output.")
+    ] = "",
 ) -> None:
     from patch.benchmarking.replay import check_alone
 
@@ -49,7 +54,25 @@ def benchmark(
         check_alone()
 
 
-@app.command("learning")
+class Recorded(TyperCommand):
+    """A benchmark that writes a record of itself, last of all, where the workflow gave it a key."""
+
+    def invoke(self, context: Any) -> Any:
+        from patch.records import recording
+
+        key = context.parent.params["key"]
+        if not key:
+            return super().invoke(context)
+        output: Path = context.params["output"]
+        options = {option.opts[0].removeprefix("--"): context.params[option.name] for option in self.params}
+        arguments = {"benchmark": self.name, "options": {name: _plain(value) for name, value in options.items()}}
+        with recording("benchmark", key, arguments, output.parent) as record:
+            result = super().invoke(context)
+            record.outputs[output.name] = hashlib.sha256(output.read_bytes()).hexdigest()
+        return result
+
+
+@app.command("learning", cls=Recorded)
 def learning(
     output: RowsFile,
     shape: Annotated[list[str], typer.Option(help="qwen2.5-0.5b, llama-3.2-1b or llama-2-7b; repeat for more.")],
@@ -139,7 +162,7 @@ def curves(
     log.info("%s", ", ".join(f"{name} {value:.4f}" for name, value in summary(curves).items()))
 
 
-@app.command("pruning")
+@app.command("pruning", cls=Recorded)
 def pruning(
     output: RowsFile,
     shape: Annotated[
@@ -181,7 +204,7 @@ def pruning(
                     _add_row(output, row)
 
 
-@app.command("layers")
+@app.command("layers", cls=Recorded)
 def layers(
     output: RowsFile,
     shape: Annotated[
@@ -226,7 +249,7 @@ def layers(
             _add_row(output, row)
 
 
-@app.command("generation")
+@app.command("generation", cls=Recorded)
 def generation(
     output: RowsFile,
     shape: Annotated[
@@ -277,7 +300,7 @@ def generation(
             _add_row(output, row)
 
 
-@app.command("memory")
+@app.command("memory", cls=Recorded)
 def memory(
     output: RowsFile,
     model: Annotated[str, typer.Option(help="A model, or a shape of `benchmark layers` with random weights.")],
@@ -310,6 +333,11 @@ def join(
 
     tables = [pd.read_csv(part) for part in parts]
     write_text(output, pd.concat(tables, ignore_index=True).to_csv(index=False))
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    return str(value) if isinstance(value, Path) else value
 
 
 def _add_row(output: Path, row: dict[str, Any], complete: Callable[[Any], Any] = lambda rows: rows) -> None:

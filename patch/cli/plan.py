@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from patch.experiments import Experiment
+    from patch.experiments import Cell, Experiment
     from patch.planning.plan import Planned
 
 log = logging.getLogger("patch")
@@ -40,7 +40,10 @@ def plan(
     device: Annotated[str, typer.Option(help="cuda or cpu; auto for a GPU unless the config says cpu.")] = "auto",
     target: Annotated[str | None, typer.Option(help="Only what this table or figure shows, e.g. tile_size.")] = None,
     budget: Annotated[
-        float | None, typer.Option(help="Keep the cells that together take so many hours of GPUs, cheapest first.")
+        float | None,
+        typer.Option(
+            help="Keep the cells that together take so many hours of GPUs, cheapest first, each with its benchmarks."
+        ),
     ] = None,
     layer: Annotated[
         Path | None, typer.Option(help="Config layer to write: leaves out what is over the budget.")
@@ -53,9 +56,10 @@ def plan(
     """
     from rich.console import Console
 
+    from patch.benchmark_jobs import skipped
     from patch.cluster.site import Gpu, load_site
     from patch.experiments import load_experiment
-    from patch.planning.plan import check_budget, without
+    from patch.planning.plan import check_budget
     from patch.planning.plan import plan as planned
     from patch.planning.rates import CPU, FILE, gpu_of, load_rates
     from patch.reporting.targets import cells_of
@@ -66,25 +70,19 @@ def plan(
         check_budget(budget)
     elif layer is not None:
         raise PatchError(f"--layer {layer}: needs --budget, which says what it leaves out.")
-    settings = json.loads(override)
-    experiment = load_experiment(config, settings)
-    if target is not None:
-        shown = {cell.path for cell in cells_of(target, experiment.cells())}
-        if not shown:
-            raise PatchError(f"--target {target}: shows no cells of {experiment.name}, which has none of its kind.")
-        others = [cell for cell in experiment.cells() if cell.path not in shown]
-        settings |= without(experiment, others, f"not in {target}")
-        experiment = load_experiment(config, settings)
+    experiment = load_experiment(config, json.loads(override))
     on_gpu = device == "cuda" or (device == "auto" and experiment.device != "cpu")
     known = load_rates(rates or FILE)
-    stages = planned(experiment, results, known, (load_site().gpu or Gpu()) if on_gpu else None)
+    stages = planned(experiment, results, known, (load_site().gpu or Gpu()) if on_gpu else None, target)
+    cells = cells_of(target, experiment.cells()) if target else experiment.cells()
     console = Console(width=None if sys.stdout.isatty() else 200)
     unit = "GPU-hours" if on_gpu else "CPU-hours"
     to_run = [part for part in stages if part.reason]
     console.print(
-        f"{experiment.name}: {len(experiment.cells())} cells, {len(to_run)} of {len(stages)} stages to run, "
-        f"{_hours(to_run)} {unit}"
+        f"{experiment.name}: {len(cells)} cells, {len(to_run)} of {len(stages)} stages to run, {_hours(to_run)} {unit}"
     )
+    if left_out := skipped(experiment, on_gpu):
+        console.print(left_out)
     console.print(_costs("stage", stages, lambda part: part.stage, unit))
     console.print(_costs("model", stages, lambda part: part.model, unit))
     console.print(_reasons(to_run))
@@ -92,7 +90,7 @@ def plan(
         console.print(_listing(stages, unit))
     _basis(console, to_run, gpu_of(known) if on_gpu else CPU, unit)
     if budget is not None:
-        _fit(console, experiment, stages, budget, unit, config, json.loads(override), layer)
+        _fit(console, experiment, cells, stages, budget, unit, config, json.loads(override), layer, target)
 
 
 def _hours(stages: Sequence[Planned]) -> str:
@@ -164,23 +162,34 @@ def _basis(console: Console, stages: Sequence[Planned], device: str, unit: str) 
 
 
 def _fit(
-    console: Console, experiment: Experiment, stages: Sequence[Planned], budget: float, unit: str,
-    configs: Sequence[Path], overrides: dict[str, object], layer: Path | None,
+    console: Console, experiment: Experiment, cells: Sequence[Cell], stages: Sequence[Planned], budget: float,
+    unit: str, configs: Sequence[Path], overrides: dict[str, object], layer: Path | None, target: str | None,
 ) -> None:  # fmt: skip
     import yaml
 
-    from patch.planning.plan import fitting, without
+    from patch.planning.plan import fitting, shared_hours, without
 
-    kept, left = fitting(experiment, stages, budget)
-    console.print(f"{len(kept)} of {len(kept) + len(left)} cells fit {budget:g} {unit}; left out, cheapest first:")
+    if not cells:
+        raise PatchError(f"--budget {budget:g}: {target} shows benchmarks only, there are no cells to leave out.")
+    kept, left = fitting(cells, stages, budget)
+    shared = shared_hours(cells, stages)
+    if shared:
+        console.print(f"{shared:.3g} {unit} come first: random tiles and generated text, which belong to no cell.")
+    console.print(f"{len(kept)} of {len(cells)} cells fit {budget:g} {unit}; left out, cheapest first:")
     for cell in left:
         console.print(f"  {cell.path}")
     if not kept:
-        raise PatchError(f"--budget {budget:g}: no cell is that cheap.")
+        others = f" beside {shared:.3g} {unit} that belong to none" if shared else ""
+        raise PatchError(f"--budget {budget:g}: no cell is that cheap{others}.")
     if layer is None:
         console.print("Write them to a config layer with --layer FILE, to run the rest.")
         return
-    write_text(layer, yaml.safe_dump(without(experiment, left, f"over a budget of {budget:g} {unit}"), sort_keys=False))
+    shown = {cell.path for cell in cells}
+    reasons = {
+        f"not in {target}": [cell for cell in experiment.cells() if cell.path not in shown],
+        f"over a budget of {budget:g} {unit}": left,
+    }
+    write_text(layer, yaml.safe_dump(without(experiment, reasons, target), sort_keys=False))
     files = shlex.join(str(file) for file in [*configs, layer])
     settings = f" --config {shlex.join(f'{name}={json.dumps(value)}' for name, value in overrides.items())}"
     console.print(f"snakemake --cores all --configfile {files}{settings if overrides else ''}", soft_wrap=True)

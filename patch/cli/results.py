@@ -113,15 +113,21 @@ def status(
     from rich.console import Console
     from rich.table import Table
 
+    from patch.benchmark_jobs import skipped
     from patch.cluster.queue import Queue
+    from patch.cluster.site import load_site, runs_on_gpu
     from patch.cluster.status import grid_status
     from patch.experiments import load_experiment
 
     experiment = load_experiment(config, json.loads(override))
-    stages = grid_status(experiment, results, slurm=Queue() if shutil.which("squeue") else None)
+    on_gpu = bool(experiment.benchmarks.sections) and runs_on_gpu(experiment.device, load_site())
+    slurm = Queue() if shutil.which("squeue") else None
+    stages = grid_status(experiment, results, slurm=slurm, on_gpu=on_gpu)
     counts = {word: [stage.word for stage in stages].count(word) for word in dict.fromkeys(s.word for s in stages)}
     console = Console(width=None if sys.stdout.isatty() else 200)  # so that a captured log names files in full
     console.print(f"{experiment.name}: {', '.join(f'{number} {word}' for word, number in counts.items())}")
+    if left_out := skipped(experiment, on_gpu):
+        console.print(left_out)
     table = Table(box=None)
     for name in ("stage", "cell", "state", "Slurm job", "", "log"):
         table.add_column(name, overflow="fold")

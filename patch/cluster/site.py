@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,8 @@ def load_site(path: Path | str | None = None) -> Site:
         return Site.model_validate(content)
     except ValidationError as error:
         raise PatchError(explain(error, Site, [(str(chosen), content)])) from None
+
+
+def runs_on_gpu(device: str, site: Site) -> bool:
+    """Whether jobs compute on GPUs: those of an experiment with this `device`, started from this machine."""
+    return device == "cuda" or (device == "auto" and (site.gpu is not None or shutil.which("nvidia-smi") is not None))

@@ -1,30 +1,34 @@
-"""The stages of a grid with what each costs and why it would run, and the part of a grid that fits a budget."""
+"""The stages and benchmarks of a grid with what each costs and why it would run, and the part that fits a budget."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from patch.artefacts import PatchError
+from patch.benchmark_jobs import BenchmarkJob, benchmark_jobs
+from patch.benchmarking.options import RANDOM
 from patch.cluster import needs
 from patch.cluster.site import Gpu
-from patch.experiments import Cell, Experiment, Selection, Stage
+from patch.experiments import Cell, Experiment, Grid, Selection, Stage
 from patch.methods import METHODS, Trained
 from patch.planning.rates import CPU, Estimate, Rate, estimate, gpu_of
-from patch.planning.reasons import reason
+from patch.planning.reasons import benchmark_reason, reason
+from patch.reporting.targets import benchmark_of, cells_of
 from patch.sparsity.patterns import Pattern
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A stage of a cell, or one that prepares a model for all its cells."""
+    """A stage of a cell, a benchmark of its mask, or what belongs to no single cell: stages that prepare a model for
+    all its cells, and benchmarks of random tiles."""
 
     stage: str
     model: str
     cell: str
-    """Path below results/NAME; of stages that prepare, the file that they make."""
+    """Path below results/NAME; of stages that prepare, the file that they make, of random tiles the folder."""
     reason: str | None
     """Why it runs; None where it is done."""
     estimate: Estimate
@@ -44,14 +48,25 @@ class Planned:
         return self.estimate.seconds / 3600 if self.reason else 0.0
 
 
-def plan(experiment: Experiment, results: Path, rates: Sequence[Rate], gpu: Gpu | None) -> list[Planned]:
-    """All stages of a grid, those that are done included, in the order in which they can run.
+def plan(
+    experiment: Experiment, results: Path, rates: Sequence[Rate], gpu: Gpu | None, target: str | None = None
+) -> list[Planned]:
+    """All stages and benchmarks of a grid, those that are done included, in an order in which they can run.
 
     results: the folder that holds that of the experiment. gpu: the site's kind, for the number of GPUs of a job; None
-    for a run on a CPU. Raises PatchError where a stage has no rate.
+    for a run on a CPU. target: count only what this table or figure shows and needs.
+    Raises PatchError where a stage has no rate, and for a target that shows nothing of this grid.
     """
     run, grid = results / experiment.name, experiment.expand()
-    cells = [*grid.prerequisites, *grid.cells]
+    jobs = benchmark_jobs(experiment, grid.cells, on_gpu=gpu is not None)
+    stages = list(grid.stages())
+    if target is not None:
+        shown = cells_of(target, grid.cells)
+        jobs = [job for job in jobs if _shows(target, job.benchmark)]
+        if not shown and not jobs:
+            raise PatchError(f"--target {target}: shows nothing of {experiment.name}, which has none of its kind.")
+        stages = _stages_of(grid, shown, jobs)
+    cells = list({cell.path: cell for cell, _ in stages}.values())
     sizes = {
         model: needs.parameter_count(experiment.models[model], run / model / "model.json")
         for model in experiment.models
@@ -59,19 +74,34 @@ def plan(experiment: Experiment, results: Path, rates: Sequence[Rate], gpu: Gpu 
     }
     planner = _Planner(experiment, run, rates, gpu, sizes)
     found = [part for model in sizes for part in planner.preparation(model, [c for c in cells if c.model == model])]
-    return found + [planner.stage(cell, stage) for cell, stage in grid.stages()]
+    return [
+        *found,
+        *(planner.stage(cell, stage) for cell, stage in stages),
+        *(planner.benchmark(job) for job in jobs),
+    ]
 
 
-def fitting(experiment: Experiment, stages: Sequence[Planned], hours: float) -> tuple[list[Cell], list[Cell]]:
+def _stages_of(grid: Grid, cells: Sequence[Cell], jobs: Sequence[BenchmarkJob]) -> list[tuple[Cell, Stage]]:
+    """Those of some cells of a grid with the masks that they start from, and with the masks of benchmarks."""
+    measured = {cell.path for cell in cells}
+    sources = [*cells, *(job.cell for job in jobs if job.cell)]
+    masks = {part.path for cell in sources for part in cell.with_prerequisites()}
+    return [
+        (cell, stage) for cell, stage in grid.stages() if cell.path in (masks if stage == cell.mask_stage else measured)
+    ]
+
+
+def fitting(cells: Sequence[Cell], stages: Sequence[Planned], hours: float) -> tuple[list[Cell], list[Cell]]:
     """The cells that together take no more than `hours`, cheapest first, and those left out.
 
-    A cell pays for the masks that it starts from, unless one before it has.
+    A cell pays for its benchmarks, and for the masks that it starts from unless one before it has. What belongs to no
+    single cell runs in any case and is paid first, see `shared_hours`.
     """
     cost: dict[str, float] = {}
     for part in stages:
         cost[part.cell] = cost.get(part.cell, 0.0) + part.hours
     mask = {part.cell: part.hours for part in stages if part.stage in ("prune", "learn")}
-    left, kept, paid, spent = experiment.cells(), [], set[str](), 0.0
+    left, kept, paid, spent = list(cells), [], set[str](), shared_hours(cells, stages)
 
     def price(cell: Cell) -> float:
         before = {part.path for part in cell.with_prerequisites()} - {cell.path} - paid
@@ -89,13 +119,27 @@ def fitting(experiment: Experiment, stages: Sequence[Planned], hours: float) -> 
     return kept, left
 
 
-def without(experiment: Experiment, cells: Sequence[Cell], why: str) -> dict[str, Any]:
-    """A config layer that leaves out these cells too, and nothing else."""
+def shared_hours(cells: Sequence[Cell], stages: Sequence[Planned]) -> float:
+    """Of what belongs to no single cell: text that models write, benchmarks of random tiles."""
+    own = {part.path for cell in cells for part in cell.with_prerequisites()}
+    return sum(part.hours for part in stages if part.cell not in own)
+
+
+def without(experiment: Experiment, cells: Mapping[str, Sequence[Cell]], target: str | None = None) -> dict[str, Any]:
+    """A config layer that leaves out these cells too, by reason, and benchmarks that a target does not show."""
     rules = [rule.model_dump(exclude_none=True, mode="json") for rule in experiment.exclude]
-    for cell in cells:
-        axes = {axis: [getattr(cell, _singular(axis))] for axis in Selection.model_fields}
-        rules.append({**axes, "reason": why})
-    return {"exclude": rules}
+    for why, group in cells.items():
+        for cell in group:
+            axes = {axis: [getattr(cell, _singular(axis))] for axis in Selection.model_fields}
+            rules.append({**axes, "reason": why})
+    if target is None:
+        return {"exclude": rules}
+    others = [name for name in experiment.benchmarks.sections if not _shows(target, name)]
+    return {"exclude": rules, "benchmarks": dict.fromkeys(others)}
+
+
+def _shows(target: str, benchmark: str) -> bool:
+    return f"{benchmark}.csv" == benchmark_of(target)
 
 
 def _singular(axis: str) -> str:
@@ -134,6 +178,17 @@ class _Planner:
         return Planned(
             stage, cell.model, cell.path, reason(cell, stage, self.run), time, asked.gpus * asked.nodes,
             asked.memory_mb / 1024, self._gpu_memory(cell, stage, size), _disk_gib(cell, stage, size),
+        )  # fmt: skip
+
+    def benchmark(self, job: BenchmarkJob) -> Planned:
+        cell = job.cell
+        size = self.sizes[cell.model] if cell else needs.parameters_in_name(job.shape)
+        asked = needs.benchmark(size, self.gpu)
+        whole = self.gpu and job.benchmark in ("generation", "memory")
+        return Planned(
+            job.stage, cell.model if cell else f"{job.shape} ({RANDOM})", cell.path if cell else job.folder,
+            benchmark_reason(job, self.run), self._estimate("benchmark", job.benchmark, size, 0),
+            asked.gpus * asked.nodes, asked.memory_mb / 1024, 2 * size / 2**30 if whole else None,  # bfloat16
         )  # fmt: skip
 
     def _estimate(self, stage: str, method: str, size: float, tokens: float) -> Estimate:

@@ -1,13 +1,14 @@
-"""Why a stage of a cell would run: nothing there yet, settings or code changed, something before it runs again."""
+"""Why a stage or a benchmark would run: nothing there yet, settings or code changed, something before it runs again."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from patch.artefacts import PatchError
+from patch.benchmark_jobs import BenchmarkJob
 from patch.experiments import Cell, Stage
 from patch.records import Record
 
@@ -15,15 +16,11 @@ from patch.records import Record
 def reason(cell: Cell, stage: Stage, run: Path) -> str | None:
     """None where the stage is done. run: the folder of the experiment, results/NAME."""
     folder = run / cell.folder(stage)
-    if not (folder / "record.json").is_file():
-        return "new"
-    try:
-        record = Record.read(folder)
-    except PatchError:
-        return "its record cannot be read"
+    record = _read(folder)
+    if isinstance(record, str):
+        return record
     if record.key == cell.key(stage):
-        missing = sorted(name for name in record.outputs if not (folder / name).is_file())
-        return f"missing {', '.join(missing)}" if missing else None
+        return _missing(record, folder)
     changes = [*_model_changes(cell, run), *_changes(cell, stage, record)]
     if changes:
         return f"settings changed: {', '.join(changes)}"
@@ -31,6 +28,36 @@ def reason(cell: Cell, stage: Stage, run: Path) -> str | None:
         if reason(source, earlier, run):
             return f"{source.folder(earlier)} runs again"
     return "code changed"
+
+
+def benchmark_reason(job: BenchmarkJob, run: Path) -> str | None:
+    """As `reason`, of a benchmark."""
+    folder = run / job.folder
+    record = _read(folder)
+    if isinstance(record, str):
+        return record
+    if record.key == job.key:
+        return _missing(record, folder)
+    if changes := list(_option_changes(record.arguments.get("options") or {}, job.options)):
+        return f"settings changed: {', '.join(changes)}"
+    if job.cell and job.cell.mask_stage and reason(job.cell, job.cell.mask_stage, run):
+        return f"{job.cell.folder(job.cell.mask_stage)} runs again"
+    return "code changed"
+
+
+def _read(folder: Path) -> Record | str:
+    """The record, or why there is none."""
+    if not (folder / "record.json").is_file():
+        return "new"
+    try:
+        return Record.read(folder)
+    except PatchError:
+        return "its record cannot be read"
+
+
+def _missing(record: Record, folder: Path) -> str | None:
+    missing = sorted(name for name in record.outputs if not (folder / name).is_file())
+    return f"missing {', '.join(missing)}" if missing else None
 
 
 def _before(cell: Cell, stage: Stage) -> Iterator[tuple[Cell, Stage]]:
@@ -77,6 +104,26 @@ def _differences(place: str, before: dict[str, Any], now: dict[str, Any]) -> Ite
         if before.get(name) != value:
             where = f"{place}.{name}" if place else name
             yield f"{where} {json.dumps(before.get(name))} -> {json.dumps(value)}"
+
+
+def _option_changes(before: dict[str, Any], options: Sequence[str]) -> Iterator[str]:
+    """Of a command's options, as a record has them, against those that it would be given now."""
+    now: dict[str, list[str]] = {}
+    for word in options:
+        if word.startswith("--"):
+            values = now.setdefault(word.removeprefix("--"), [])
+        else:
+            values.append(word)
+    flags = [name for name, value in before.items() if value is True]
+    for name in dict.fromkeys([*now, *flags]):
+        earlier = before.get(name)
+        if isinstance(earlier, bool):
+            earlier, current = "on" if earlier else "off", "on" if name in now else "off"
+        else:
+            current = " ".join(now[name])
+            earlier = " ".join(map(str, earlier if isinstance(earlier, list) else [earlier]))
+        if earlier != current:
+            yield f"{name} {earlier} -> {current}"
 
 
 def _model_changes(cell: Cell, run: Path) -> Iterator[str]:

@@ -161,8 +161,20 @@ FIGURES = {
 
 def cells_of(name: str, cells: Sequence[Cell]) -> list[Cell]:
     """The cells of a grid that a table or figure shows. Raises PatchError for an unknown name."""
+    chosen = _target(name).chosen([setting_of(cell) for cell in cells])
+    return [cell for cell, asked in zip(cells, chosen, strict=True) if asked]
+
+
+def benchmark_of(name: str) -> str | None:
+    """The benchmark file that a table or figure shows, the claims beside cells.
+
+    Raises PatchError for an unknown name.
+    """
+    return "generation.csv" if name == "claims" else _target(name).benchmark
+
+
+def _target(name: str) -> Target:
     target = TABLES.get(name) or FIGURES.get(name)
     if target is None:
         raise PatchError(f"target {name!r}: unknown; choose of {', '.join(TABLES | FIGURES)}.")
-    chosen = target.chosen([setting_of(cell) for cell in cells])
-    return [cell for cell, asked in zip(cells, chosen, strict=True) if asked]
+    return target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 
@@ -21,6 +22,7 @@ from patch.benchmarking.shapes import SHAPES, layer_shapes, random_mask, random_
 from patch.cli import benchmark
 from patch.kernels.hybrid.fusion import FusedLinear, fuse_linears
 from patch.models import prunable_linears
+from patch.records import Record
 from patch.sparsity.maskset import LinearMask, MaskSet
 from patch.sparsity.patterns import Pattern
 
@@ -280,6 +282,22 @@ def test_a_gpu_on_which_others_work_is_refused(monkeypatch):
 
 def run(*arguments):
     return CliRunner().invoke(benchmark.app, [*map(str, arguments), "--device", "cpu"])
+
+
+def test_a_benchmark_with_a_key_writes_a_record_last(tmp_path):
+    output = tmp_path / "job" / "rows.csv"
+    output.parent.mkdir()
+    part = ("layers", "--output", output, "--shape", "8x64", "--sparsity", 50)
+    assert run("--key", "k", *part, "--tokens", "0").exit_code != 0
+    assert run(*part, "--tokens", "1").exit_code == 0  # by hand
+    assert not (output.parent / "record.json").exists()
+    assert run("--key", "k", *part, "--tokens", "1").exit_code == 0
+    record = Record.read(output.parent)
+    assert (record.stage, record.key, record.arguments["benchmark"]) == ("benchmark", "k", "layers")
+    options = {"shape": ["8x64"], "tokens": "1", "compile": False, "kernel": [], "output": str(output)}
+    assert options.items() <= record.arguments["options"].items()
+    assert record.outputs == {"rows.csv": hashlib.sha256(output.read_bytes()).hexdigest()}
+    assert record.cost["wall_s"] > 0
 
 
 def test_a_model_generates_with_its_learned_mask(tiny_model, tmp_path):

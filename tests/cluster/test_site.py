@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from patch.artefacts import PatchError
-from patch.cluster.site import Gpu, Site, load_site
+from patch.cluster.site import Gpu, Site, load_site, runs_on_gpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,6 +19,16 @@ def test_settings_become_resources_of_jobs_with_and_without_gpus() -> None:
     site = Site(account="lab", partition="cpu", gpu=Gpu(partition="gpu", kind="h100"))
     assert site.resources(gpus=False) == {"slurm_account": "lab", "slurm_partition": "cpu"}
     assert site.resources(gpus=True) == {"slurm_account": "lab", "slurm_partition": "gpu", "gpu_model": "h100"}
+
+
+def test_jobs_take_gpus_where_the_site_or_this_machine_has_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert [runs_on_gpu(device, Site()) for device in ("auto", "cpu", "cuda")] == [False, False, True]
+    assert [runs_on_gpu(device, Site(gpu=Gpu())) for device in ("auto", "cpu")] == [True, False]
+    (tmp_path / "nvidia-smi").touch(mode=0o755)
+    assert [runs_on_gpu(device, Site()) for device in ("auto", "cpu")] == [True, False]
 
 
 def test_variable_names_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

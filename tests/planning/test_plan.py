@@ -9,11 +9,12 @@ import pytest
 import yaml
 
 from patch.artefacts import PatchError
+from patch.benchmark_jobs import BenchmarkJob, benchmark_jobs
 from patch.cluster.site import Gpu
 from patch.experiments import Cell, Experiment, load_experiment
-from patch.planning.plan import Planned, check_budget, fitting, plan, without
+from patch.planning.plan import Planned, check_budget, fitting, plan, shared_hours, without
 from patch.planning.rates import Rate, load_rates
-from patch.planning.reasons import reason
+from patch.planning.reasons import benchmark_reason, reason
 from patch.records import Record
 
 ROOT = Path(__file__).parents[2]
@@ -172,9 +173,9 @@ def test_a_compressed_cell_has_a_stage_of_its_own_and_shares_the_mask(run):
         ("a/magnitude/50-2of4/int4", "compress"): pytest.approx(0.02),
         ("a/magnitude/50-2of4/int4", "evaluate"): pytest.approx(0.2),
     }
-    kept, _ = fitting(experiment(**COMPRESSED), stages, 0.231)
+    kept, _ = fitting(experiment(**COMPRESSED).cells(), stages, 0.231)
     assert kept
-    assert not fitting(experiment(**COMPRESSED), stages, 0.229)[0]
+    assert not fitting(experiment(**COMPRESSED).cells(), stages, 0.229)[0]
 
 
 def test_why_a_model_is_compressed_again(run):
@@ -208,23 +209,23 @@ def test_a_budget_keeps_the_cheapest_cells_and_pays_for_shared_masks_once(run):
     of = experiment(models={"a": {"source": "some/model-1b"}})
     stages = plan(of, run.parent, RATES, Gpu())
     # dense 0.2, magnitude 0.21, wanda 0.3; then maskllm and the first patch_joint 10.2 each
-    kept, left = fitting(of, stages, 0.72)
+    kept, left = fitting(of.cells(), stages, 0.72)
     assert [cell.path for cell in kept] == ["a/dense", "a/magnitude/50-2of4", "a/wanda/50-2of4"]
-    kept, _ = fitting(of, stages, 0.70)
+    kept, _ = fitting(of.cells(), stages, 0.70)
     assert len(kept) == 2
     # magnitude's mask is paid for already; a reference of wanda is not: 0.1
-    kept, left = fitting(of, stages, 0.71 + 10.2 + 10.31)
+    kept, left = fitting(of.cells(), stages, 0.71 + 10.2 + 10.31)
     assert [cell.path for cell in kept[3:]] == ["a/maskllm/50-2of4", "a/patch_joint/45-tiles16x16"]
     assert [cell.path for cell in left] == ["a/patch_joint/35-tiles16x16"]
 
 
 def test_the_layer_of_a_budget_leaves_out_exactly_the_rest(run, tmp_path):
     of = experiment()
-    kept, left = fitting(of, plan(of, run.parent, RATES, Gpu()), 12)
+    kept, left = fitting(of.cells(), plan(of, run.parent, RATES, Gpu()), 12)
     assert kept
     assert left
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-    (tmp_path / "layer.yaml").write_text(yaml.safe_dump(without(of, left, "over budget")))
+    (tmp_path / "layer.yaml").write_text(yaml.safe_dump(without(of, {"over budget": left})))
     again = load_experiment([tmp_path / "config.yaml", tmp_path / "layer.yaml"]).expand()
     assert {cell.path for cell in again.cells} == {cell.path for cell in kept}
     assert {reason for _, reason in again.excluded} == {"as I say", "over budget"}
@@ -233,6 +234,148 @@ def test_the_layer_of_a_budget_leaves_out_exactly_the_rest(run, tmp_path):
 def test_a_budget_of_nothing_is_an_error():
     with pytest.raises(PatchError, match="--budget 0: must be above 0"):
         check_budget(0)
+
+
+# benchmarks
+
+TIMED: dict[str, Any] = {
+    "models": {"a": {"source": "some/model-2b"}},
+    "exclude": [],
+    "benchmarks": {
+        "layers": {"shapes": ["128x64"], "tokens": [1, 16], "kernels": ["auto", "unpack"]},
+        "generation": {"shapes": ["llama-2-7b"]},
+        "learning": {},
+        "masks": {"methods": ["magnitude", "patch_joint"], "sparsities": [50, 45]},
+    },
+}
+TIMED_RATES = [
+    *RATES,
+    Rate("benchmark", "any", "GPU", 1e9, 0, 360, "assumed", ""),
+    Rate("benchmark", "any", "GPU", 8e9, 0, 360, "assumed", ""),
+]
+RANDOM_TILES = "benchmarks/layers/random/128x64"
+MASK = "a/magnitude/50-2of4"
+
+
+def timed_plan(run: Path, target: str | None = None, **changes: Any) -> list[Planned]:
+    return plan(experiment(**TIMED | changes), run.parent, TIMED_RATES, Gpu(), target)
+
+
+def test_benchmarks_of_random_tiles_and_of_masks_are_planned(run):
+    found = {(part.stage, part.cell): part for part in timed_plan(run) if part.stage.startswith("benchmark")}
+    masks = (MASK, "a/patch_joint/45-tiles16x16")
+    assert list(found) == [
+        ("benchmark layers", RANDOM_TILES),
+        *(("benchmark layers", cell) for cell in masks),
+        ("benchmark generation", "benchmarks/generation/random/llama-2-7b"),
+        *(("benchmark generation", cell) for cell in masks),
+        ("benchmark learning", "benchmarks/learning/random/qwen2.5-0.5b"),
+        ("benchmark learning", "benchmarks/learning/random/llama-3.2-1b"),
+    ]
+    part = found["benchmark generation", "benchmarks/generation/random/llama-2-7b"]
+    assert part.hours == pytest.approx(0.1)
+    assert (part.reason, part.estimate.basis, part.gpus) == ("new", "assumed", 1)
+    assert part.gpu_memory_gib == pytest.approx(14e9 / 2**30)  # of bfloat16 weights
+    assert (part.model, found["benchmark layers", MASK].model) == ("llama-2-7b (random)", "a")
+    # a mask's is that of its model's size, which has no other benchmark
+    assert found["benchmark generation", MASK].gpu_memory_gib == pytest.approx(4e9 / 2**30)
+    assert found["benchmark layers", MASK].memory_gib < part.memory_gib
+
+
+def test_without_a_gpu_benchmarks_are_planned_only_where_the_config_runs_them(run):
+    rates = [Rate(*(part.stage, part.method, "CPU thread"), *(1e9, 1, 1), "measured", "") for part in TIMED_RATES]
+    for without_gpu, count in (("skip", 0), ("run", 8)):
+        of = experiment(**TIMED | {"benchmarks": TIMED["benchmarks"] | {"without_gpu": without_gpu}})
+        stages = plan(of, run.parent, rates, None)
+        assert sum(part.stage.startswith("benchmark") for part in stages) == count
+
+
+def time_job(folder: str, run: Path, key: str = "", **options: Any) -> BenchmarkJob:
+    """A benchmark that ran; its options as of now, except for `options`."""
+    of = experiment(**TIMED)
+    (job,) = [job for job in benchmark_jobs(of, of.cells(), on_gpu=True) if job.folder == folder]
+    given = {"tokens": "1,16", "kernel": ["auto", "unpack"], "compile": True, "device": "cuda", "mask": None}
+    given |= {} if job.cell else {"sparsity": "25,35,45"}
+    arguments = {"benchmark": job.benchmark, "options": given | options}
+    Record("benchmark", key or job.key, arguments, outputs={"rows.csv": "x"}).write(run / folder)
+    (run / folder / "rows.csv").touch()
+    return job
+
+
+def test_a_benchmark_that_is_done_costs_nothing_and_one_whose_table_is_gone_runs_again(run):
+    job = time_job(RANDOM_TILES, run)
+    (part,) = [part for part in timed_plan(run) if part.cell == RANDOM_TILES]
+    assert (part.reason, part.hours) == (None, 0)
+    (run / RANDOM_TILES / "rows.csv").unlink()
+    assert benchmark_reason(job, run) == "missing rows.csv"
+    (run / RANDOM_TILES / "record.json").write_text("{")
+    assert benchmark_reason(job, run) == "its record cannot be read"
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({}, "code changed"),
+        ({"tokens": "1,8"}, "settings changed: tokens 1,8 -> 1,16"),
+        ({"kernel": ["auto"]}, "settings changed: kernel auto -> auto unpack"),
+        ({"compile": False, "sparsity": "25"}, "settings changed: compile off -> on, sparsity 25 -> 25,35,45"),
+        ({"official": True}, "settings changed: official on -> off"),
+    ],
+)
+def test_why_a_benchmark_runs_again(options, why, run):
+    assert benchmark_reason(time_job(RANDOM_TILES, run, key="old", **options), run) == why
+
+
+def test_a_benchmark_of_a_mask_runs_again_with_it(run):
+    job = time_job(f"benchmarks/layers/masks/{MASK}", run, key="old")
+    assert benchmark_reason(job, run) == f"{MASK}/prune runs again"
+    finish(job.cell, "prune", run)
+    assert benchmark_reason(job, run) == "code changed"
+
+
+def test_a_budget_pays_for_random_tiles_first_and_for_masks_with_their_cells(run):
+    cells, stages = experiment(**TIMED).cells(), timed_plan(run)
+    hours = {part.cell: 0.0 for part in stages}
+    for part in stages:
+        hours[part.cell] += part.hours
+    # one shape of layers and generation, two of learning, the smallest at half a billion parameters
+    first = shared_hours(cells, stages)
+    assert first == pytest.approx(3 * 0.1 + 0.1 * 0.5)
+    # dense 0.4, magnitude 0.42 and two benchmarks of its mask, wanda 0.6
+    assert hours[MASK] == pytest.approx(0.62)
+    enough = first + 0.4 + 0.6 + 0.62
+    assert [cell.method for cell in fitting(cells, stages, enough + 0.001)[0]] == ["dense", "wanda", "magnitude"]
+    assert [cell.method for cell in fitting(cells, stages, enough - 0.001)[0]] == ["dense", "wanda"]
+    assert fitting(cells, stages, first + 0.39)[0] == []
+
+
+def test_the_layer_of_a_budget_leaves_out_the_benchmarks_of_left_out_masks(run, tmp_path):
+    of = experiment(**TIMED)
+    kept, left = fitting(of.cells(), timed_plan(run), 3)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG | TIMED))
+
+    def jobs(target: str | None) -> list[str]:
+        (tmp_path / "layer.yaml").write_text(yaml.safe_dump(without(of, {"over budget": left}, target)))
+        again = load_experiment([tmp_path / "config.yaml", tmp_path / "layer.yaml"])
+        assert [cell.path for cell in again.cells()] == [cell.path for cell in of.cells() if cell in kept]
+        return [job.folder for job in benchmark_jobs(again, again.cells(), on_gpu=True)]
+
+    assert len(jobs(None)) == 8 - 2
+    assert not [folder for folder in jobs(None) if "patch_joint" in folder]
+    assert {folder.split("/")[1] for folder in jobs("claims")} == {"generation"}
+    assert jobs("accuracy") == []
+
+
+def test_a_target_counts_the_benchmark_that_it_shows_and_the_masks_of_that(run):
+    stages = timed_plan(run, "throughput")
+    assert {part.stage for part in stages} == {"prepare", "prune", "learn", "benchmark generation"}
+    assert {part.cell for part in stages if part.stage in ("prune", "learn")} == {
+        MASK, "a/patch_joint/45-tiles16x16", "a/wanda/45-unstructured",
+    }  # fmt: skip
+    assert {part.stage for part in timed_plan(run, "claims") if "benchmark" in part.stage} == {"benchmark generation"}
+    assert not [part for part in timed_plan(run, "accuracy") if "benchmark" in part.stage]
+    with pytest.raises(PatchError, match="--target throughput: shows nothing of tiny"):
+        timed_plan(run, "throughput", benchmarks={"layers": {}})
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "workflow" / "config").glob("*.yaml")), ids=lambda path: path.stem)

@@ -32,7 +32,8 @@ rule benchmark_table:
 
 rule benchmark_random:
     output:
-        f"{RUN}/benchmarks/{{benchmark}}/random/{{shape}}.csv",
+        rows=f"{RUN}/benchmarks/{{benchmark}}/random/{{shape}}/rows.csv",
+        record=f"{RUN}/benchmarks/{{benchmark}}/random/{{shape}}/record.json",
     log:
         f"{LOGS}/benchmarks/{{benchmark}}/random/{{shape}}.log",
     benchmark:
@@ -50,16 +51,18 @@ rule benchmark_random:
         gpu=all_gpus(),
     params:
         options=random_benchmark_options,
-        code=code_hash("benchmark"),
+        key=benchmark_key,
     shell:
-        "python -m patch benchmark --exclusive {wildcards.benchmark} {params.options} --output {output} > {log} 2>&1"
+        "python -m patch benchmark --exclusive --key {params.key} {wildcards.benchmark} {params.options}"
+        " --output {output.rows} > {log} 2>&1"
 
 
 rule benchmark_mask:
     input:
         unpack(mask_benchmark_inputs),
     output:
-        f"{RUN}/benchmarks/{{benchmark}}/masks/{{cell}}.csv",
+        rows=f"{RUN}/benchmarks/{{benchmark}}/masks/{{cell}}/rows.csv",
+        record=f"{RUN}/benchmarks/{{benchmark}}/masks/{{cell}}/record.json",
     log:
         f"{LOGS}/benchmarks/{{benchmark}}/masks/{{cell}}.log",
     benchmark:
@@ -75,6 +78,7 @@ rule benchmark_mask:
         gpu=all_gpus(),
     params:
         options=mask_benchmark_options,
-        code=code_hash("benchmark"),
+        key=benchmark_key,
     shell:
-        "python -m patch benchmark --exclusive {wildcards.benchmark} {params.options} --output {output} > {log} 2>&1"
+        "python -m patch benchmark --exclusive --key {params.key} {wildcards.benchmark} {params.options}"
+        " --output {output.rows} > {log} 2>&1"

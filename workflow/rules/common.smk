@@ -5,15 +5,15 @@ import gc
 import json
 import os
 import shlex
-import shutil
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 
 from patch.artefacts import PatchError, checksum_json
+from patch.benchmark_jobs import benchmark_jobs, skipped
 from patch.cluster import needs
-from patch.cluster.site import Gpu, load_site
+from patch.cluster.site import Gpu, load_site, runs_on_gpu
 from patch.experiments import load_experiment
 from patch.methods import METHODS
 from patch.provenance import code_hash
@@ -43,19 +43,12 @@ STATE = "results/state"
 CELLS = {cell.path: cell for cell in GRID.prerequisites + GRID.cells}
 ENVIRONMENT = "../../environment.yml"
 # Jobs that compute take one of the `gpu` resource; `--resources gpu=1` then keeps them from sharing one.
-GPUS = int(
-    EXPERIMENT.device == "cuda"
-    or (
-        EXPERIMENT.device == "auto"
-        and (SITE.gpu is not None or shutil.which("nvidia-smi") is not None)
-    )
-)
+GPUS = int(runs_on_gpu(EXPERIMENT.device, SITE))
 
-BENCHMARKS = (
-    EXPERIMENT.benchmarks.sections
-    if GPUS or EXPERIMENT.benchmarks.without_gpu == "run"
-    else {}
-)
+BENCHMARK_JOBS = {
+    job.folder: job for job in benchmark_jobs(EXPERIMENT, GRID.cells, bool(GPUS))
+}
+BENCHMARKS = list(dict.fromkeys(job.benchmark for job in BENCHMARK_JOBS.values()))
 
 
 def of_checkout(path):
@@ -102,11 +95,8 @@ if "SLURM_JOB_ID" in os.environ and SITE.setup:
 
 if workflow.is_main_process:
     logger.info(f"{EXPERIMENT.name}: {GRID.summary()}")
-    if EXPERIMENT.benchmarks.sections and not BENCHMARKS:
-        logger.info(
-            f"  skipped: benchmarks of {', '.join(EXPERIMENT.benchmarks.sections)} (no GPU; `without_gpu: run` under"
-            " `benchmarks` runs them on the CPU)"
-        )
+    if skipped(EXPERIMENT, bool(GPUS)):
+        logger.info(f"  {skipped(EXPERIMENT, bool(GPUS))}")
 
 
 def collect_garbage_again():
@@ -325,19 +315,26 @@ def task_options():
 
 def benchmark_parts(wildcards):
     """The files that a benchmark's table is joined from: of random tiles, then of cells' masks."""
-    folder = f"{RUN}/benchmarks/{wildcards.benchmark}"
-    section = BENCHMARKS[wildcards.benchmark]
-    cells = GRID.cells if section.takes_masks else []
-    return [f"{folder}/random/{shape}.csv" for shape in section.shapes] + [
-        f"{folder}/masks/{cell.path}.csv"
-        for cell in cells
-        if EXPERIMENT.benchmarks.measures(cell)
+    jobs = BENCHMARK_JOBS.values()
+    return [
+        f"{RUN}/{job.folder}/rows.csv"
+        for job in jobs
+        if job.benchmark == wildcards.benchmark
     ]
 
 
+def _benchmark_job(wildcards):
+    cell, shape = wildcards.get("cell"), wildcards.get("shape")
+    part = f"masks/{cell}" if cell else f"random/{shape}"
+    return BENCHMARK_JOBS[f"benchmarks/{wildcards.benchmark}/{part}"]
+
+
+def benchmark_key(wildcards):
+    return _benchmark_job(wildcards).key
+
+
 def random_benchmark_options(wildcards):
-    section = BENCHMARKS[wildcards.benchmark]
-    options = [*section.options(), *section.random_options()]
+    options = _benchmark_job(wildcards).options
     name = "--model" if wildcards.benchmark == "memory" else "--shape"
     return shlex.join([name, wildcards.shape, *options, *_benchmark_device(wildcards)])
 
@@ -349,7 +346,7 @@ def mask_benchmark_inputs(wildcards):
 
 
 def mask_benchmark_options(wildcards, input):
-    options = BENCHMARKS[wildcards.benchmark].options()
+    options = _benchmark_job(wildcards).options
     name = "--model" if wildcards.benchmark == "memory" else "--shape"
     model = [name, input.model] if input.model else []
     return shlex.join(
@@ -469,10 +466,8 @@ def runs_of_target(wildcards):
 
 
 def speed_of_target(wildcards):
-    """The measurements of speed that a target shows; the claims ask for those of generation."""
-    name = wildcards.target
-    target = targets.TABLES.get(name) or targets.FIGURES[name]
-    file = "generation.csv" if name == "claims" else target.benchmark
+    """The measurements of speed that a target shows."""
+    file = targets.benchmark_of(wildcards.target)
     return [path for path in MEASURED if Path(path).name == file]
 
 
