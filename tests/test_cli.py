@@ -348,7 +348,9 @@ def test_plan_tells_costs_and_reasons_and_writes_what_fits_a_budget(tmp_path: Pa
     assert "GPU-hours" in done.stdout
     assert "new" in done.stdout
     assert "Hours are those of one NVIDIA H200" in done.stdout
-    assert f"snakemake --cores all --configfile {config} {layer} --config 'only=" in done.stdout
+    assert f"snakemake --cores all --resources gpu=1 --configfile {config} {layer} --config 'only=" in done.stdout
+    on_cpu = patch_llm("plan", *part, "--device", "cpu", "--budget", 2000, "--layer", layer.with_name("cpu.yaml"))
+    assert f"snakemake --cores all --configfile {config}" in on_cpu.stdout
     again = patch_llm("plan", "--config", config, "--config", layer, *part[2:])
     (kept,) = [line for line in done.stdout.splitlines() if "cells fit 20 GPU-hours" in line]
     assert f"paper: {kept.split()[0]} cells" in again.stdout
