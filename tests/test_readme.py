@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 import pytest
 import typer
-
 from snakemake.cli import get_argument_parser
 
 from patch.cli import app
