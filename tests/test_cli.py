@@ -332,7 +332,7 @@ def test_plan_of_one_table_counts_its_cells_only(tmp_path: Path) -> None:
     part = ("plan", "--config", ROOT / "workflow" / "config" / "paper.yaml", "--results", tmp_path, "--target")
     done = patch_llm(*part, "density_target")
     assert done.returncode == 0, done.stderr
-    assert "paper: 6 cells" in done.stdout  # one and per block, at three sparsities
+    assert "paper: 7 cells" in done.stdout  # dense; one target and per block, at three sparsities
     assert "6 learn" in done.stdout
     unknown = patch_llm(*part, "tile_sizes")
     assert unknown.returncode == 1
