@@ -116,7 +116,8 @@ def prepare_pruned_model(
     arguments = _Checked(prune_args, _PRUNE_KEYS | _OUR_PRUNE_KEYS, "prune_args")
     name = arguments.get("prune_method", "wanda").replace("prox_sparse", "proxsparse")
     pattern, share = _pruned_to(name, arguments)
-    check_source(arguments.get("eval_dataset", EVALUATED))  # hours before it is read
+    eval_dataset = arguments.get("eval_dataset", None) or EVALUATED
+    check_source(eval_dataset)  # hours before it is read
     folder = Path(checkpoint_name)
     files = {role: folder / f"{role}.safetensors" for role in ("pattern", "reference")}
     if not all(file.is_file() for file in files.values()):
@@ -134,9 +135,14 @@ def prepare_pruned_model(
         unstructured = Pattern.parse("unstructured")
         _one_shot(model, tokenizer, name, unstructured, target_sparsity_ratio, arguments, seed).save(files["reference"])
     loaded = {role: MaskSet.load(file) for role, file in files.items()}
+    if other := {mask.pattern.kind for mask in loaded["pattern"].linears.values()} - {"dense", pattern.kind}:
+        raise PatchError(
+            f"checkpoint_name {folder}: holds masks of another kind ({other.pop()}), not {pattern} as asked for; name "
+            "another directory."
+        )
     loaded["pattern"].apply_(prunable_linears(model))
     model.patch_masks = loaded  # type: ignore[assignment]
-    model.patch_eval_dataset = arguments.get("eval_dataset", EVALUATED)
+    model.patch_eval_dataset = eval_dataset  # type: ignore[assignment]
     return model
 
 

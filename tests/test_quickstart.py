@@ -203,6 +203,8 @@ def test_unstructured_pruning_takes_any_ratio_and_is_no_prior(
     assert pruned.patch_masks["pattern"].sparsity == pytest.approx(0.3, abs=0.02)
     with pytest.raises(PatchError, match=r"compressed_model: .* prepare it with sparsity_type 2:4"):
         learn_mask(str(model_directory), pruned, tokenizer, LEARN | SHORT | {"dataset": text})
+    with pytest.raises(PatchError, match=r"checkpoint: holds masks of another kind \(unstructured\), not 2:4"):
+        compressed()
 
 
 def test_nothing_is_learned_where_the_mask_is_not_learnable(
