@@ -41,7 +41,7 @@ def code_hash(stage: str) -> str:
     closure = _import_closure(STAGE_MODULES[stage])
     for path in sorted(closure):
         digest.update(path.relative_to(PACKAGE).as_posix().encode())
-        digest.update(ast.dump(_without_docstrings(ast.parse(path.read_text()))).encode())
+        digest.update(_canonical(_without_docstrings(ast.parse(path.read_text()))).encode())
     for source in sorted(file for folder in {path.parent for path in closure} for file in folder.glob("*.cu*")):
         digest.update(source.relative_to(PACKAGE).as_posix().encode() + source.read_bytes())
     return digest.hexdigest()[:16]
@@ -142,6 +142,16 @@ def _module_path(module: str) -> Path | None:
         if path.is_file():
             return path
     return None
+
+
+def _canonical(node: object) -> str:
+    """Like `ast.dump`, but the same in every version of Python: newer ones have more fields, which are empty here."""
+    if isinstance(node, ast.AST):
+        fields = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
+        return f"{type(node).__name__}({', '.join(f'{name}={_canonical(value)}' for name, value in fields)})"
+    if isinstance(node, list):
+        return f"[{', '.join(map(_canonical, node))}]"
+    return repr(node)
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:

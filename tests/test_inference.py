@@ -111,11 +111,12 @@ def test_layers_without_tiles_stay_dense_and_are_masked(pattern, wide_model):
     assert all((linear.weight == 0).float().mean() == 0.75 for linear in prunable_linears(loaded).values())
 
 
-def test_layers_that_would_be_slower_stay_dense(wide_model, monkeypatch):
-    """As if measured: gate and up as one are slow at 16 tokens."""
+@pytest.mark.parametrize("slow_at", [1, 16, 64, 2048])
+def test_layers_that_would_be_slower_in_decoding_or_a_prompt_stay_dense(slow_at, wide_model, monkeypatch):
+    """As if measured: gate and up as one are slow at some number of tokens."""
 
     def choose(tokens, weight):
-        slow = tokens == 16 and weight.out_features == 512
+        slow = tokens == slow_at and weight.out_features == 512
         return dispatch.Choice("decode", "measured", {"decode": 1.1 if slow else 0.7, "dense": 1.0})
 
     monkeypatch.setattr(dispatch, "choose", choose)
@@ -124,8 +125,9 @@ def test_layers_that_would_be_slower_stay_dense(wide_model, monkeypatch):
     packed = {name.split(".")[-2 if name.endswith("linear") else -1] for name in hybrid_linears(loaded)}
     assert packed == {"qkv_proj", "o_proj", "down_proj"}
     assert isinstance(loaded.model.layers[0].mlp.gate_up_proj.linear, nn.Linear)
-    again = wide_model()
-    assert any("gate_up" in name for name in hybrid_linears(patch.load(again, random_masks(again, 0.5), tokens=(1,))))
+    again, others = wide_model(), {1, 16, 64, 2048} - {slow_at}
+    layers = hybrid_linears(patch.load(again, random_masks(again, 0.5), tokens=tuple(others)))
+    assert any("gate_up" in name for name in layers)
 
 
 # from files
@@ -200,6 +202,15 @@ def test_weights_with_nan_are_refused_by_name(wide_model):
     model.model.layers[1].mlp.down_proj.weight[5, 5] = float("nan")
     with pytest.raises(PatchError, match=r"layer model\.layers\.1\.mlp\.down_proj: .* NaN"):
         patch.load(model, random_masks(model, 0.5))
+
+
+@pytest.mark.parametrize("tokens", [(), (1, 16)])
+def test_devices_without_a_kernel_are_refused_while_loading(tokens, wide_model, monkeypatch):
+    refusing = {"triton": dispatch.Kernel(lambda *_: "bfloat16 needs compute capability 8.0", lambda *_: None)}
+    monkeypatch.setattr(dispatch, "kernels", lambda: refusing)
+    model = wide_model()
+    with pytest.raises(PatchError, match=r"layer model.layers.0.*qkv_proj.*no kernel runs on cpu .*8\.0.*float16"):
+        patch.load(model, random_masks(model, 0.5), tokens=tokens)
 
 
 def test_float32_models_are_refused_with_the_way_out(tiny_model):

@@ -55,6 +55,15 @@ def test_comments_docstrings_and_formatting_do_not_change_the_hash(package):
     assert code_hash("prune") == before
 
 
+@pytest.mark.parametrize("kind", [ast.FunctionDef, ast.ClassDef, ast.Call])
+def test_syntax_that_only_newer_pythons_have_does_not_change_the_hash(package, monkeypatch, kind):
+    before = code_hash("prune")
+    monkeypatch.setattr(kind, "_fields", (*kind._fields, "of_a_newer_python"))
+    monkeypatch.setattr(kind, "of_a_newer_python", [], raising=False)
+    code_hash.cache_clear()
+    assert code_hash("prune") == before
+
+
 def test_code_changes_the_hash(package):
     before = code_hash("prune")
     edit(

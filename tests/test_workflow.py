@@ -221,11 +221,11 @@ def test_published_masks_are_fetched_with_the_models_and_not_trained(tmp_path: P
 
 
 def test_compressed_cells_come_after_the_mask_that_they_share(tmp_path: Path) -> None:
-    config = ROOT / "workflow" / "config" / "quantisation.yaml"
+    config = ROOT / "workflow" / "config" / "released_masks.yaml"
     part = "only={models: [llama-2-7b], methods: [dense, released], sparsities: [0, 45]}"
     shown = ("--dry-run", "-p", "--configfile", str(config), "--directory", str(tmp_path), "--config", part)
     output = snakemake(*shown).stdout
-    mask = "results/quantisation/llama-2-7b/released/45-tiles128x128"
+    mask = "results/released_masks/llama-2-7b/released/45-tiles128x128"
     assert len(commands(output, "prune")) == len(commands(output, "prepare released")) == 1
     made = {command.split(" --output ")[1].split()[0]: command for command in commands(output, "compress")}
     assert set(made) == {f"{mask}/int4/compress", f"{mask}/int4-lora/compress"}
@@ -237,7 +237,7 @@ def test_compressed_cells_come_after_the_mask_that_they_share(tmp_path: Path) ->
         assert f"--set adapter_rank={0.1 if lora else 0.0}" in command
         assert "inputs" not in command
     measured = commands(output, "evaluate")
-    assert len(measured) == 3  # the mask alone is no cell here
+    assert len(measured) == 4
     for name in made:
         assert sum(f"--compressed={name}/compressed.safetensors" in command for command in measured) == 1
     prepared = snakemake("prepare", *shown).stdout
@@ -322,6 +322,8 @@ def test_benchmarks_are_part_of_the_grid_and_left_out_with_a_line_where_there_is
     shown = ("--dry-run", "-p", "--configfile", str(config), "--directory", str(tmp_path), "--config")
     on_gpu = snakemake(*shown, "device=cuda")
     assert "benchmarks/generation.csv" in on_gpu.stdout
+    (tables,) = commands(on_gpu.stdout, "tables")
+    assert {"throughput", "weight_memory", "layer_speed"} <= set(tables.split())
     assert "skipped: benchmarks" not in on_gpu.stdout + on_gpu.stderr
     on_cpu = snakemake(*shown, "device=cpu")
     assert not commands(on_cpu.stdout, "benchmark join")

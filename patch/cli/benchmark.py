@@ -309,7 +309,7 @@ def memory(
     dtype: Dtype = "bfloat16",
     device: Device = "auto",
 ) -> None:
-    """Size of a model's linear layers, dense and with 2:4 tiles packed."""
+    """Size of a model's linear layers, dense and with 2:4 tiles packed, and the time to pack them."""
     from patch.benchmarking.memory import measure
     from patch.benchmarking.options import RANDOM
     from patch.benchmarking.shapes import SHAPES, random_masks, random_model

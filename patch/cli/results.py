@@ -17,7 +17,7 @@ from patch.cli.options import Configs, Output, Override, Runs
 Only = Annotated[list[str] | None, typer.Option(help="Make only this one; repeat for more.")]
 Benchmarks = Annotated[
     Path | None,
-    typer.Option(help="Folder with layers.csv and generation.csv of `benchmark`; results/reference if not given."),
+    typer.Option(help="Folder with the CSV files of `benchmark`, such as layers.csv; results/reference if not given."),
 ]
 log = logging.getLogger("patch")
 

@@ -1,4 +1,4 @@
-"""Everything a report is made of: the tables that `collect` wrote, and measured speed."""
+"""Everything a report is made of: the tables that `collect` wrote, and measured speed and memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from patch.artefacts import PatchError
 from patch.collect import CURVE_COLUMNS, CURVES, PAIRED, PAIRED_COLUMNS, read_curves, read_paired, read_runs
 
 BENCHMARKS = Path(__file__).parents[2] / "results" / "reference"
-"""Where our committed measurements of speed are."""
+"""Where our committed measurements of speed and memory are."""
 LAYER_COLUMNS = ("out_features", "in_features", "tokens", "sparsity_percent", "kernel", "us", "dense_us", "speedup")
 GENERATION_COLUMNS = (
     "model", "batch", "prefill_tokens", "generated_tokens", "sparsity_percent", "dense_tok_s", "hybrid_tok_s",
     "speedup", "dense_gib", "hybrid_gib",
+)  # fmt: skip
+MEMORY_COLUMNS = (
+    "model", "sparsity_percent", "dense_gib", "hybrid_gib", "ratio", "whole_model_dense_gib", "whole_model_hybrid_gib",
 )  # fmt: skip
 log = logging.getLogger(__name__)
 
@@ -39,10 +42,12 @@ class Study:
     """What `patch-llm benchmark layers` measured; at least LAYER_COLUMNS."""
     generation: pd.DataFrame = field(default_factory=lambda: _empty(GENERATION_COLUMNS))
     """What `patch-llm benchmark generation` measured; at least GENERATION_COLUMNS."""
+    memory: pd.DataFrame = field(default_factory=lambda: _empty(MEMORY_COLUMNS))
+    """What `patch-llm benchmark memory` measured; at least MEMORY_COLUMNS."""
 
     @classmethod
     def read(cls, runs: Path | str, benchmarks: Path | str = BENCHMARKS) -> Study:
-        """The runs table `runs`, what `collect` wrote beside it, and layers.csv and generation.csv of `benchmarks`.
+        """The runs table `runs`, what `collect` wrote beside it, and the CSV files of speed and memory in `benchmarks`.
 
         Only the runs table must be there. Raises PatchError for a file that is damaged or of another layout.
         """
@@ -53,7 +58,8 @@ class Study:
                 parts[name] = read(runs)
             else:
                 log.info("%s: not there, so what needs it stays empty", runs.with_name(file))
-        for name, columns in (("layers", LAYER_COLUMNS), ("generation", GENERATION_COLUMNS)):
+        measured = {"layers": LAYER_COLUMNS, "generation": GENERATION_COLUMNS, "memory": MEMORY_COLUMNS}
+        for name, columns in measured.items():
             if (benchmarks / f"{name}.csv").exists():
                 parts[name] = _measured(benchmarks / f"{name}.csv", columns)
         return cls(**parts)

@@ -146,6 +146,7 @@ TABLES = {
         Target("sparsity_by_module", "Sparsity by kind of layer", lambda s: _plain(s) and _tiles(s)),
         Target("throughput", "Tokens per second", benchmark="generation.csv"),
         Target("memory", "Memory of inference", benchmark="generation.csv"),
+        Target("weight_memory", "Memory of weights", benchmark="memory.csv"),
         Target("layer_speed", "Speed by layer", benchmark="layers.csv"),
         Target("claims", "The paper's claims"),
         Target("cells", "Cells: state, origin, logs"),

@@ -255,11 +255,14 @@ def test_prefill_and_decoding_read_nothing_back_so_graphs_can_hold_them(tiny_mod
         generator.step()
 
 
-def test_memory_is_that_of_the_packed_layers(tiny_model):
+def test_memory_is_that_of_the_packed_layers(tiny_model, monkeypatch):
     model = tiny_model(hidden_size=128, intermediate_size=256).bfloat16()
     masks = random_masks(model, 0.5, (128, 64))
     weights = [linear.weight.numel() for linear in prunable_linears(model).values()]
+    clock = iter([10.0, 12.5])
+    monkeypatch.setattr(memory.time, "perf_counter", lambda: next(clock))
     row = memory.measure("tiny", model, masks)
+    assert row["pack_s"] == 2.5
     assert row["dense_gib"] == round(2 * sum(weights) / 2**30, 4)
     assert row["linear_layers"] == len(weights)
     # down_proj 128 x 256: four 2:4 tiles and four descriptors

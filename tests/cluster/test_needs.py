@@ -99,9 +99,7 @@ def test_needs_grow_with_the_model_and_with_attempts_and_time_is_bounded(cells: 
     assert stage(cells["llama-2-13b/patch_tile/45-tiles128x128"], "learn", 13e9, H100, 1, 600).minutes == 600
 
 
-def test_adapters_cost_more_than_quantisation_and_more_in_large_models() -> None:
-    path = PAPER.with_name("quantisation.yaml")
-    cells = {cell.path: cell for cell in load_experiment([path]).cells()}
+def test_adapters_cost_more_than_quantisation_and_more_in_large_models(cells: dict[str, Cell]) -> None:
     plain, adapters = (cells[f"llama-2-7b/patch_tile/45-tiles128x128/{name}"] for name in ("int4", "int4-lora"))
     asked = [stage(cell, "compress", 7e9, H100, 1, 1440) for cell in (plain, adapters)]
     assert asked[0].minutes < asked[1].minutes <= 240

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from patch.artefacts import PatchError
-from patch.kernels.hybrid import dispatch
+from patch.kernels.hybrid import HybridWeight, dispatch
 from patch.kernels.hybrid.dispatch import Kernel, Times, bucket, case_of, choose, matmul
 from patch.kernels.hybrid.format import pack, unpack
 
@@ -39,7 +39,7 @@ class Machine:
         }
         monkeypatch.setattr(dispatch, "kernels", lambda: kernels)
         monkeypatch.setattr(dispatch, "_microseconds", self.microseconds)
-        monkeypatch.setattr(dispatch, "_rule_of_thumb", lambda tokens: ["other", "many"])
+        monkeypatch.setattr(dispatch, "_rule_of_thumb", lambda tokens: ["other", "many", "few"])
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         self.monkeypatch = monkeypatch
         self.restart()
@@ -135,6 +135,45 @@ def test_nothing_is_measured_while_a_graph_is_captured(machine):
     assert choose(16, make_weight()).kernel == "few"
     machine.capturing = True
     assert choose(16, make_weight()).kernel == "few"
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_where_every_kernel_refuses_the_case_and_a_way_out_are_named(capturing, machine, monkeypatch):
+    refusing = {name: Kernel(lambda *_, name=name: f"{name} does not", machine.kernel(name)) for name in ("a", "b")}
+    monkeypatch.setattr(dispatch, "kernels", lambda: refusing)
+    machine.capturing = capturing
+    refusals = r"\(a: a does not; b: b does not\)"
+    with pytest.raises(
+        PatchError, match=rf"^bfloat16 128x256, .* 4 tokens: no kernel runs on cpu {refusals}; .*float16"
+    ):
+        choose(3, make_weight())
+    with pytest.raises(PatchError, match="1 tokens: no kernel runs"):
+        dispatch.check(make_weight())
+
+
+def test_bfloat16_on_a_gpu_without_it_is_refused_with_the_way_out(monkeypatch):
+    """With Triton, as on a V100: neither its kernels nor the reference are for this."""
+    old = lambda device, tokens, weight: "bfloat16 needs compute capability 8.0, this GPU has (7, 0)"  # noqa: E731
+    known = dispatch.kernels()
+    monkeypatch.setattr(
+        dispatch, "kernels", lambda: known | {name: Kernel(old, known[name].multiply) for name in ("triton", "unpack")}
+    )
+    monkeypatch.setattr(dispatch, "runs_triton", lambda tensor: True)
+    monkeypatch.setattr(dispatch, "_CHOICES", {})
+    with pytest.raises(PatchError, match=r'this GPU has \(7, 0\); .*; load the model with dtype="float16"'):
+        choose(16, make_weight())
+
+
+def test_on_a_gpu_the_only_kernel_is_measured_beside_the_dense_layer(machine, monkeypatch):
+    monkeypatch.setattr(HybridWeight, "device", torch.device("cuda"))
+    monkeypatch.setattr(dispatch, "kernels", lambda: {"other": Kernel(lambda *_: None, machine.kernel("other"))})
+    monkeypatch.setattr(dispatch, "measure", lambda tokens, weight, names: {"dense": 2.0} | dict.fromkeys(names, 5.0))
+    assert choose(16, make_weight()).over_dense == 2.5
+
+
+@pytest.mark.parametrize("tokens", [1, 128, 129, 9000])
+def test_the_rule_of_thumb_knows_all_kernels(tokens):
+    assert sorted(dispatch._rule_of_thumb(tokens)) == sorted(dispatch.kernels())
 
 
 def test_a_kernel_with_a_wrong_product_is_left_out(machine, caplog):

@@ -15,14 +15,24 @@ SHAPES = [(1, 4), (128, 64), (129, 68), (200, 36), (256, 128), (300, 260), (384,
 TILES = [(128, 128), (128, 64), (16, 32), (50, 20), (1000, 1000)]
 
 
-def random_case(shape, tile=(128, 128), share=0.5, dtype=torch.bfloat16, seed=0):
-    """Weight, keep mask and dense tiles: 2:4 in a random `share` of the tiles."""
+ROWS_OF_A_KIND = [(True, False, False, True, True), (False, False, True, True, False)]
+"""Whether the tiles of a row are all dense; if not, all are 2:4."""
+
+
+def random_case(shape, tile=(128, 128), share=0.5, dtype=torch.bfloat16, seed=0, dense_tiles=None):
+    """Weight, keep mask and dense tiles: 2:4 in a random `share` of the tiles, or in all but `dense_tiles`."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator).to(dtype)
-    dense_tiles = torch.rand(grid_shape(shape, tile), generator=generator) >= share
+    if dense_tiles is None:
+        dense_tiles = torch.rand(grid_shape(shape, tile), generator=generator) >= share
     order = torch.rand(shape[0], shape[1] // 4, 4, generator=generator).argsort(-1)
     keep = (order < 2).view(shape) | expand(dense_tiles, shape, tile)
     return weight, keep, dense_tiles
+
+
+def rows_of_a_kind(dense_rows):
+    """The same for [600, 520], whose tiles of 128 x 64 are ragged on both sides."""
+    return random_case((600, 520), (128, 64), dense_tiles=torch.tensor(dense_rows)[:, None].expand(5, 9))
 
 
 def bits(tensor):
@@ -37,6 +47,18 @@ def test_unpacking_gives_the_masked_weight_bit_for_bit(shape, dtype):
             weight, keep, dense_tiles = random_case(shape, tile, share, dtype, seed)
             hybrid = pack(weight, keep, dense_tiles, tile)
             assert torch.equal(bits(unpack(hybrid)), bits(torch.where(keep, weight, 0)))
+
+
+@pytest.mark.parametrize("dense_rows", ROWS_OF_A_KIND, ids=str)
+def test_rows_of_dense_tiles_beside_rows_of_2_4_ones(dense_rows):
+    weight, keep, dense_tiles = rows_of_a_kind(dense_rows)
+    hybrid = pack(weight, keep, dense_tiles, (128, 64))
+    assert hybrid.sparse_tiles.tolist() == [[not dense] * 9 for dense in dense_rows]
+    assert hybrid.payload.numel() == sum(9 * (16384 if dense else 9216) for dense in dense_rows)
+    assert torch.equal(bits(unpack(hybrid)), bits(torch.where(keep, weight, 0)))
+    x, bias = torch.randn(3, 520).bfloat16(), torch.randn(600).bfloat16()
+    expected = x.double() @ torch.where(keep, weight, 0).double().T + bias.double()
+    torch.testing.assert_close(reference_matmul(x, hybrid, bias).double(), expected, rtol=0.02, atol=0.2)
 
 
 def test_signed_zeros_subnormals_and_extremes_survive():

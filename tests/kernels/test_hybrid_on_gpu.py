@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_hybrid_format import random_case
+from test_hybrid_format import ROWS_OF_A_KIND, random_case, rows_of_a_kind
 
 from patch.artefacts import PatchError
 from patch.kernels.hybrid import HybridWeight, decode, pack, prefill, supports, unpack
@@ -21,12 +21,16 @@ TUNINGS = {  # and numbers of tokens that they are compiled for
 }
 
 
-def packed(shape, share, dtype=torch.bfloat16) -> HybridWeight:
-    reason = supports("cuda", 1, pack(torch.ones(8, 8).bfloat16(), torch.ones(8, 8, dtype=torch.bool)))
+@pytest.fixture(autouse=True)
+def _supported():
+    reason = supports("cuda", 1, pack(torch.ones(8, 8).bfloat16(), torch.ones(8, 8, dtype=torch.bool)).to("cuda"))
     if reason:
         pytest.skip(reason)
+
+
+def packed(shape, share, dtype=torch.bfloat16, scale=1.0) -> HybridWeight:
     weight, keep, dense_tiles = random_case(shape, (128, 64), share, dtype)
-    return pack(weight.cuda(), keep.cuda(), dense_tiles.cuda(), (128, 64))
+    return pack(scale * weight.cuda(), keep.cuda(), dense_tiles.cuda(), (128, 64))
 
 
 def inputs(weight, tokens, seed):
@@ -87,14 +91,32 @@ def test_prefill(shape, share, dtype):
         assert_product(prefill(x, weight, bias), x, weight, bias)
 
 
+@pytest.mark.parametrize("dense_rows", ROWS_OF_A_KIND, ids=str)
+def test_rows_of_dense_tiles_beside_rows_of_2_4_ones(dense_rows):
+    weight, keep, dense_tiles = (tensor.cuda() for tensor in rows_of_a_kind(dense_rows))
+    hybrid = pack(weight, keep, dense_tiles, (128, 64))
+    for tokens in (1, 16, 64, 128, 300):
+        x, bias = inputs(hybrid, tokens, tokens)
+        if tokens <= 128:
+            assert_product(decode(x, hybrid, bias), x, hybrid, bias)
+        assert_product(prefill(x, hybrid, bias), x, hybrid, bias)
+    for tuning, counts in TUNINGS.items():
+        for tokens in counts:
+            x, bias = inputs(hybrid, tokens, tokens)
+            assert_product(decode(x, hybrid, bias, tuning), x, hybrid, bias)
+
+
 def test_decode_calls_that_overlap_give_what_they_give_alone():
-    first, second = packed((4096, 512), 0.5), packed((512, 4096), 0.5)
+    # Three quarters of the weights are left, and so 20 products after one another keep their inputs' size.
+    first, second = packed((4096, 512), 0.5, scale=384**-0.5), packed((512, 4096), 0.5, scale=3072**-0.5)
     for tokens in (5, 64):
         x, _ = inputs(first, tokens, 0)
         alone = x
         for _ in range(20):
             alone = decode(decode(alone, first), second)
             torch.cuda.synchronize()
+        assert alone.isfinite().all()
+        assert alone.float().norm() > 1e-3 * x.float().norm()
         for _ in range(10):
             y = x
             for _ in range(20):

@@ -5,7 +5,8 @@ It comes with the CUDA toolkit; `$CUDA_HOME/bin`, the PATH and /usr/local/cuda/b
 program that it watches, so that a report can be looked at by hand:
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --kernel-name kns=decode \
-        --kernel-name kns=prefill --kernel-name kns=_attend python tests/kernels/test_sanitizer.py
+        --kernel-name kns=prefill --kernel-name kns=_attend --kernel-name kns=_matmul --kernel-name kns=_unpack \
+        python tests/kernels/test_sanitizer.py
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from patch.kernels import runs_triton
 from patch.kernels.attention import decode_attention
 from patch.kernels.hybrid import decode, pack, prefill, supports
 
-KERNELS = ("decode", "prefill", "_attend", "_combine")
+KERNELS = ("decode", "prefill", "_attend", "_combine", "_matmul", "_unpack")
+"""Parts of their names: CUDA C++ ones, and the Triton kernels of attention and of hybrid weights."""
 FOUND = 9
 """What the sanitizer exits with where it found something."""
 CASES = [
@@ -37,17 +39,24 @@ CASES = [
 
 
 def run_kernels() -> None:
+    from patch.kernels.hybrid import triton_matmul  # here: pytest reads this file on machines without Triton
+
     for shape, share, counts in CASES:
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(shape, generator=generator).bfloat16()
         mask = random_mask(weight, share, (128, 64), generator)
         hybrid = pack(weight.cuda(), mask.keep_mask().cuda())
+        bias = torch.randn(shape[0], generator=generator).bfloat16().cuda()
         for tokens in counts:
             x = torch.randn(tokens, shape[1], generator=generator).bfloat16().cuda()
-            for kernel in (decode, prefill):
+            for kernel in (decode, prefill) if shape[0] % 8 == 0 else (decode,):  # prefill takes no others
                 if reason := supports("cuda", tokens, hybrid):
                     sys.exit(f"not run: {reason}")
                 assert kernel(x, hybrid).isfinite().all()
+            # with the inputs split and in one piece, with a bias and without
+            assert triton_matmul.matmul(x, hybrid).isfinite().all()
+            assert triton_matmul.matmul(x, hybrid, bias).isfinite().all()
+        assert triton_matmul.unpack(hybrid).isfinite().all()
     for heads, key_heads, length in ((4, 4, 70), (8, 2, 600)):
         query, keys, values = (
             torch.randn(1, count, size, 64, device="cuda").bfloat16()

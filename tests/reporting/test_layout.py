@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +16,7 @@ from patch.artefacts import PatchError
 from patch.reporting.study import Study
 from patch.reporting.tables import make_table, render_terminal, write_tables
 from patch.reporting.tables.layout import (
+    PAGE,
     Column,
     Table,
     escape_latex,
@@ -104,6 +108,25 @@ def test_latex(runs: pd.DataFrame) -> None:
     assert text.count("\\toprule") == text.count("\\bottomrule") == 1
     assert "& -- &" in text
     assert text.isascii()
+
+
+def test_latex_tables_longer_than_a_page_break_and_repeat_their_header(tmp_path: Path) -> None:
+    data = pd.concat([make().data.iloc[:1]] * 3 * PAGE)
+    assert "\\begin{tabular}" in to_latex(make(data=data.iloc[:PAGE]))
+    text = to_latex(make(data=data))
+    assert "tabular" not in text
+    assert text.index("\\endhead") < text.index("\\endfoot") < text.index("\\end{longtable}")
+    latex = shutil.which("pdflatex")
+    if latex is None:
+        pytest.skip("pdflatex is not installed: the table is not typeset")
+    packages = "".join(f"\\usepackage{{{name}}}" for name in ("amsmath", "booktabs", "longtable"))
+    document = f"\\documentclass{{article}}{packages}\\begin{{document}}{text}\\end{{document}}"
+    (tmp_path / "page.tex").write_text(document)
+    command = [latex, "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+    assert "Overfull \\vbox" not in done.stdout
+    assert int(re.search(r"Output written on page.pdf \((\d+) pages", done.stdout)[1]) > 1  # type: ignore[index]
 
 
 def test_long_texts_wrap_and_lists_have_an_item_to_a_line() -> None:

@@ -11,7 +11,7 @@ from conftest import cell_rows, curves_of, runs_table
 from patch.reporting.published import PAPER_TOKENS
 from patch.reporting.study import Study
 from patch.reporting.tables.layout import to_markdown
-from patch.reporting.tables.speed import layer_speed, memory, throughput, training_cost
+from patch.reporting.tables.speed import layer_speed, memory, throughput, training_cost, weight_memory
 
 NOTHING = runs_table([])
 
@@ -63,6 +63,21 @@ def test_memory_is_a_ratio_beside_the_published_one() -> None:
     assert table.missing == ["llama-2-7b at 25 %, 35 %: not measured"]
     other = memory(Study(NOTHING, generation=generation(model="llama-3.1-8b"))).data.iloc[0]
     assert math.isnan(other["ratio.delta"])
+
+
+def test_weights_have_a_ratio_for_the_linear_layers_and_one_for_the_whole_model() -> None:
+    row = {"model": "llama-2-7b", "sparsity_percent": 45.0, "dense_gib": 12.0, "hybrid_gib": 7.2, "ratio": 0.6}
+    row |= {"whole_model_dense_gib": 12.5, "whole_model_hybrid_gib": 7.7}
+    measured = pd.DataFrame([{**row, "pack_s": 4.25, "mask": "random"}, {**row, "model": "qwen", "mask": "a/b"}])
+    table = weight_memory(Study(NOTHING, memory=measured))
+    assert table.data["whole_model_ratio"].tolist() == [pytest.approx(0.616)] * 2
+    lines = to_markdown(table).splitlines()
+    assert "| Ratio" in lines[0]
+    (ours,) = [line for line in lines if "llama-2-7b" in line]
+    for shown in ("random", "0.600", "0.616", "4.2"):
+        assert shown in ours
+    assert "of a mask" in to_markdown(table)
+    assert "has no memory.csv" in to_markdown(weight_memory(Study(NOTHING)))
 
 
 def test_layers() -> None:

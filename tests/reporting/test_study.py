@@ -9,7 +9,7 @@ import pytest
 
 from patch.artefacts import PatchError
 from patch.collect import write_curves, write_runs
-from patch.reporting.study import GENERATION_COLUMNS, LAYER_COLUMNS, Study
+from patch.reporting.study import GENERATION_COLUMNS, LAYER_COLUMNS, MEMORY_COLUMNS, Study
 
 
 def test_only_the_runs_table_must_be_there(learned: tuple[pd.DataFrame, pd.DataFrame], tmp_path: Path) -> None:
@@ -22,9 +22,12 @@ def test_only_the_runs_table_must_be_there(learned: tuple[pd.DataFrame, pd.DataF
     assert study.curves.empty
     assert study.paired.empty
     assert study.layers.empty
+    assert study.memory.empty
     write_curves(learned[1], runs)
     pd.DataFrame([dict.fromkeys(LAYER_COLUMNS, 1)]).to_csv(tmp_path / "layers.csv", index=False)
+    pd.DataFrame([dict.fromkeys(MEMORY_COLUMNS, 1)] * 2).to_csv(tmp_path / "memory.csv", index=False)
     study = Study.read(runs, tmp_path)
+    assert len(study.memory) == 2
     assert len(study.curves) == len(learned[1])
     assert len(study.layers) == 1
 

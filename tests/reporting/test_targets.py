@@ -44,10 +44,11 @@ def test_large_models_are_in_the_large_table() -> None:
 
 
 def test_quantisation_is_of_the_models_with_compressed_cells() -> None:
-    cells = shown("quantisation", "quantisation.yaml")
+    cells = shown("quantisation", "paper.yaml")
     assert "llama-2-7b/patch_tile/45-tiles128x128/int4-lora" in cells
     assert "llama-2-7b/dense" in cells
-    assert not shown("quantisation", "paper.yaml")
+    assert {cell.split("/")[0] for cell in cells} == {"llama-2-7b", "llama-3.1-8b"}
+    assert "llama-3.1-8b/released/25-tiles128x128/int4" in shown("quantisation", "released_masks.yaml")
 
 
 def test_what_a_grid_lacks_has_no_cells() -> None:

@@ -68,13 +68,13 @@ def shown_targets(known):
     ]
 
 
-# Where the results are read from, and the measurements of speed: the run's own, or those of the checkout.
+# Where the results are read from, and the measurements of speed and memory: the run's own, or those of the checkout.
 RUNS = of_checkout(EXPERIMENT.runs) if EXPERIMENT.runs else f"{RUN}/runs.parquet"
-TIMED = [name for name in ("layers", "generation") if name in BENCHMARKS]
+TIMED = [name for name in ("layers", "generation", "memory") if name in BENCHMARKS]
 SPEED = f"{RUN}/benchmarks" if TIMED else of_checkout("results/reference")
 MEASURED = [
     f"{SPEED}/{name}.csv"
-    for name in TIMED or ("layers", "generation")
+    for name in TIMED or ("layers", "generation", "memory")
     if TIMED or Path(f"{SPEED}/{name}.csv").exists()
 ]
 SETTINGS = [targets.setting_of(cell) for cell in GRID.cells]

@@ -217,8 +217,11 @@ __device__ void load(const Task& task, const CUtensorMap& x, uint32_t ring, Shar
     // 32 numbers of the line at a time, one per lane
     int held = numbers[lane], following = task.line > 32 ? numbers[32 + lane] : 0;
     const int first = __shfl_sync(~0u, held, 0), units = __shfl_sync(~0u, held, 1) - first;
-    if (lane < HEADER) reinterpret_cast<volatile int*>(&shared->header)[lane] = held;
-    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < HEADER; ++i) {  // by the lane whose arrivals at the barriers publish it
+        const int number = __shfl_sync(~0u, held, i);
+        if (lane == 0) reinterpret_cast<volatile int*>(&shared->header)[i] = number;
+    }
     Filler<RING_KIB, ROWS, N> filler = {task.payload, ring, &shared->control};
     int with_x = 0;
     const auto load_x = [&] {

@@ -3,7 +3,8 @@
 A case is a GPU, a dtype, a shape, a share of 2:4 tiles (to 5 %) and a number of tokens (to the next power of two). On
 its first call all kernels that support it run on the weight itself, beside a dense layer of the same shape, and the
 fastest one serves the case from then on, in later processes too: times are kept in a file for the GPU, the kernels'
-source and PyTorch. While a CUDA graph is captured nothing is measured; without a known case a rule of thumb decides.
+source and PyTorch. `patch.load` leaves layers dense that no kernel makes fast enough. While a CUDA graph is captured
+nothing is measured; without a known case a rule of thumb decides.
 """
 
 from __future__ import annotations
@@ -76,12 +77,16 @@ def matmul(x: Tensor, weight: HybridWeight, bias: Tensor | None = None) -> Tenso
 
 
 def choose(tokens: int, weight: HybridWeight) -> Choice:
-    """The kernel for a product with `tokens` rows; measures where the case is new and no graph is being captured."""
+    """The kernel for a product with `tokens` rows; measures where the case is new and no graph is being captured.
+
+    Raises PatchError where no kernel can do it.
+    """
     key = (weight.device, tokens, weight.dtype, weight.shape, weight.payload.numel())
     if key not in _CHOICES:
         choice = _choose(tokens, weight)
         if choice is None:
-            kernel = next(name for name in _rule_of_thumb(tokens) if name in _usable(tokens, weight))
+            usable, _ = _usable(tokens, weight)
+            kernel = min(usable, key=_rule_of_thumb(tokens).index)
             return Choice(kernel, "not measured before the capture of a CUDA graph, where nothing can be")
         _CHOICES[key] = choice
     return _CHOICES[key]
@@ -92,11 +97,11 @@ _CHOICES: dict[tuple[torch.device, int, torch.dtype, tuple[int, int], int], Choi
 
 def _choose(tokens: int, weight: HybridWeight) -> Choice | None:
     """None where it takes a measurement that cannot be made now."""
-    refused = [f"{name}: {refusal}" for name, refusal in _refusals(tokens, weight).items() if refusal]
-    usable = _usable(tokens, weight)
-    if len(usable) == 1:
+    usable, refused = _usable(tokens, weight)
+    case = case_of(tokens, weight)
+    if len(usable) == 1 and weight.device.type != "cuda":
         return Choice(usable[0], f"nothing else runs here ({'; '.join(refused)})")
-    times, case = _times(weight.device), case_of(tokens, weight)
+    times = _times(weight.device)
     missing = [name for name in usable if name not in times.get(case, {})]
     if missing and torch.cuda.is_current_stream_capturing():
         return None
@@ -109,16 +114,28 @@ def _choose(tokens: int, weight: HybridWeight) -> Choice | None:
     return Choice(min(measured, key=measured.__getitem__), "; ".join([reason, *refused]), times[case])
 
 
-def _usable(tokens: int, weight: HybridWeight) -> list[str]:
-    return [name for name, refusal in _refusals(tokens, weight).items() if not refusal]
+def check(weight: HybridWeight) -> None:
+    """Raise PatchError where no kernel can multiply by `weight` on its device."""
+    _usable(1, weight)
 
 
-def _refusals(tokens: int, weight: HybridWeight) -> dict[str, str | None]:
-    """Of all kernels, for these tokens and for those that the case is measured with."""
-    return {
+def _usable(tokens: int, weight: HybridWeight) -> tuple[list[str], list[str]]:
+    """The kernels for these tokens and for those that the case is measured with, and what the others say.
+
+    Raises PatchError where there is none.
+    """
+    refusals = {
         name: kernel.refusal(weight.device, tokens, weight) or kernel.refusal(weight.device, bucket(tokens), weight)
         for name, kernel in kernels().items()
     }
+    usable = [name for name, refusal in refusals.items() if not refusal]
+    refused = [f"{name}: {refusal}" for name, refusal in refusals.items() if refusal]
+    if not usable:
+        raise PatchError(
+            f"{case_of(tokens, weight)}: no kernel runs on {weight.device} ({'; '.join(refused)}); load the model with "
+            'dtype="float16", or run its dense export.'
+        )
+    return usable, refused
 
 
 @functools.cache
@@ -191,9 +208,10 @@ def _microseconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _rule_of_thumb(tokens: int) -> list[str]:
-    return (
-        ["decode", "triton", "unpack", "reference"] if tokens <= 128 else ["prefill", "unpack", "triton", "reference"]
-    )
+    """All kernels, those first that are expected to be the fastest."""
+    if tokens <= hopper.MOST_DECODE_TOKENS:
+        return ["decode", "triton", "unpack", "prefill", "reference"]
+    return ["prefill", "unpack", "triton", "decode", "reference"]
 
 
 def _decode_refusal(device: torch.device, tokens: int, weight: HybridWeight) -> str | None:

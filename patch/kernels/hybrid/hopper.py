@@ -8,7 +8,12 @@ outside the capture has compiled the kernels and made the schedule. A weight mus
 from __future__ import annotations
 
 import ctypes
+import functools
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +27,8 @@ MOST_DECODE_TOKENS = 128
 _SPARSE_TIME = 0.6  # of a 2:4 tile in prefill, in those of a dense one
 _INT, _INT64, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _WIDTHS = (8, 16, 32, 64, 128)  # columns of one tensor-core instruction
+_NO_COMPILER = "no CUDA compiler; install the CUDA toolkit, or set CUDA_HOME to its folder"
+log = logging.getLogger(__name__)
 
 
 def supports(device: torch.device | str, tokens: int, weight: HybridWeight) -> str | None:
@@ -39,8 +46,15 @@ def supports(device: torch.device | str, tokens: int, weight: HybridWeight) -> s
     if weight.payload.data_ptr() % 16:
         return "the weight's payload does not start at a multiple of 16 bytes"
     if build.compiler() is None:
-        return "no CUDA compiler; install the CUDA toolkit, or set CUDA_HOME to its folder"
+        _warn_of_no_compiler()
+        return _NO_COMPILER
     return None
+
+
+@functools.cache
+def _warn_of_no_compiler() -> None:
+    """Once per process: there are other kernels, and nothing else tells that they are the slower ones."""
+    log.warning("the kernels for this GPU cannot be built (%s); slower ones multiply by hybrid weights", _NO_COMPILER)
 
 
 @dataclass(frozen=True)
@@ -102,15 +116,15 @@ class _DecodePlan:
 
 
 def _decode_plan(weight: HybridWeight, width: int, tuning: DecodeTuning) -> _DecodePlan:
-    """Made on first use, and kept with the weight."""
-    key = ("decode", width, tuning.rows)
-    if key not in weight.plans:
-        unit_bytes = width * TILE_COLUMNS * 2
+    unit_bytes = width * TILE_COLUMNS * 2
+
+    def make() -> _DecodePlan:
         schedule = decode_schedule(weight.descriptors, tuning.rows, _processors(weight), unit_bytes)
         arrivals = torch.zeros(schedule.slots, dtype=torch.int32, device=weight.device)
-        weight.plans[key] = _DecodePlan(schedule.table, schedule.slots, arrivals)
-        torch.cuda.current_stream(weight.device).synchronize()  # decode reads W and the table ahead of other kernels
-    return weight.plans[key]
+        return _DecodePlan(schedule.table, schedule.slots, arrivals)
+
+    plan: _DecodePlan = _kept(weight, ("decode", width, tuning.rows), make)
+    return plan
 
 
 def _tuning(weight: HybridWeight, width: int) -> DecodeTuning:
@@ -166,10 +180,34 @@ def prefill(x: Tensor, weight: HybridWeight, bias: Tensor | None = None) -> Tens
 
 
 def _prefill_order(weight: HybridWeight) -> Tensor:
-    """Made on first use, and kept with the weight."""
-    if "prefill" not in weight.plans:
-        weight.plans["prefill"] = prefill_order(weight.descriptors, _SPARSE_TIME)
-    return weight.plans["prefill"]
+    order: Tensor = _kept(weight, "prefill", lambda: prefill_order(weight.descriptors, _SPARSE_TIME))
+    return order
+
+
+def _kept(weight: HybridWeight, key: Any, make: Callable[[], Any]) -> Any:
+    """What `make` returns on first use, kept with the weight.
+
+    A thread of its own makes it. All that this one allocates while `torch.compile` warms up for CUDA graphs is memory
+    of the graphs: nothing may stay there that they do not return.
+    """
+    if key in weight.plans:
+        return weight.plans[key]
+    if torch.cuda.is_current_stream_capturing():
+        raise PatchError(
+            f"hybrid weight of {weight.out_features}x{weight.in_features}: its schedule cannot be made during the "
+            "capture of a CUDA graph; call the layer once before, with as many tokens."
+        )
+    stream = torch.cuda.current_stream(weight.device)
+
+    def run() -> Any:
+        with torch.cuda.stream(stream):
+            plan = make()
+        stream.synchronize()  # decode reads W and its plan ahead of other kernels
+        return plan
+
+    with ThreadPoolExecutor(1) as thread:
+        weight.plans[key] = thread.submit(run).result()
+    return weight.plans[key]
 
 
 def _processors(weight: HybridWeight) -> int:

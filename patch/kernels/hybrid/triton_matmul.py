@@ -62,7 +62,8 @@ def _tile(values, halves, descriptor):
     return tile
 
 
-@triton.jit
+# Not compiled anew for numbers of tokens and splits that are 1 or multiples of 16: nothing is gained by that.
+@triton.jit(do_not_specialize=["tokens", "tile_columns", "columns_per_split"])
 def _matmul(
     x, values, halves, descriptors, bias, y, tokens, out_features, in_features, tile_columns, columns_per_split,
     block: tl.constexpr, splits: tl.constexpr, has_bias: tl.constexpr,

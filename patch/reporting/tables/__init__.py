@@ -14,7 +14,7 @@ from patch.reporting.tables.claims import claims
 from patch.reporting.tables.comparisons import comparisons
 from patch.reporting.tables.layout import Table, render_terminal, write_table
 from patch.reporting.tables.quality import quality, tasks
-from patch.reporting.tables.speed import layer_speed, memory, throughput, training_cost
+from patch.reporting.tables.speed import layer_speed, memory, throughput, training_cost, weight_memory
 from patch.reporting.targets import TABLES
 
 _QUALITY = (
@@ -30,6 +30,7 @@ _MAKE: dict[str, Callable[[Study], Table]] = {
     "sparsity_by_module": sparsity_by_module,
     "throughput": throughput,
     "memory": memory,
+    "weight_memory": weight_memory,
     "layer_speed": layer_speed,
     "claims": claims,
     "cells": cells,

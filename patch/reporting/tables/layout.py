@@ -26,6 +26,8 @@ from patch.reporting.summary import power_of_ten
 
 DASH = "–"
 LONG = 60
+PAGE = 40
+"""Rows that surely fit a printed page."""
 """Characters from which a text wraps in LaTeX and HTML."""
 
 
@@ -73,7 +75,8 @@ class Table:
 def write_table(table: Table, name: str, directory: Path | str, title: str = "") -> list[Path]:
     """Write NAME.csv with all columns in full precision, and readable as NAME.md, .tex and .html; return the paths.
 
-    NAME.tex is one booktabs `tabular` with its notes, to be \\input inside a table environment.
+    NAME.tex is one booktabs `tabular` with its notes, to be \\input inside a table environment; more than PAGE rows
+    are a `longtable`, to be \\input by itself.
     """
     base = Path(directory) / name
     with atomic_path(base.with_suffix(".csv")) as temporary:
@@ -115,7 +118,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A `tabular` for the packages booktabs and amsmath; numbers right-aligned with equal decimals, so they line up."""
+    """For the packages booktabs, longtable and amsmath; numbers right-aligned with equal decimals, so they line up."""
     layout = _layout(table)
 
     def show(cell: _Cell) -> str:
@@ -130,8 +133,10 @@ def to_latex(table: Table) -> str:
         "r" if column.numeric else wrapped if wraps else "l" for column, wraps in zip(table.columns, long, strict=True)
     )
     lines = [f"{{\\footnotesize\\textbf{{{escape_latex(warning)}}}\\par\\smallskip}}" for warning in table.warnings]
-    lines += [f"\\begin{{tabular}}{{@{{}}{alignment}@{{}}}}", "\\toprule"]
+    environment = "longtable" if len(layout.rows) > PAGE else "tabular"
+    lines += [f"\\begin{{{environment}}}{{@{{}}{alignment}@{{}}}}", "\\toprule"]
     lines += [" & ".join(escape_latex(column.header) for column in table.columns) + " \\\\", "\\midrule"]
+    lines += ["\\endhead", "\\bottomrule", "\\endfoot"] if environment == "longtable" else []
     for row, gap in zip(layout.rows, layout.gaps, strict=True):
         lines += {"": [], "block": ["\\midrule"], "level": ["\\addlinespace"]}[gap]
         lines.append(" & ".join(show(cell) for cell in row) + " \\\\")
@@ -139,7 +144,7 @@ def to_latex(table: Table) -> str:
         lines.append(
             f"\\multicolumn{{{len(table.columns)}}}{{@{{}}l@{{}}}}{{{escape_latex(_sentence(table.empty))}}} \\\\"
         )
-    lines += ["\\bottomrule", "\\end{tabular}"]
+    lines += [f"\\end{{{environment}}}"] if environment == "longtable" else ["\\bottomrule", "\\end{tabular}"]
     for mark, note in [("", f"{DASH} without a value: {note}") for note in table.missing] + layout.notes:
         raised = f"\\textsuperscript{{{mark}}}" if mark else ""
         lines.append(f"\\par\\smallskip\\noindent{{\\footnotesize {raised}{escape_latex(note)}}}")

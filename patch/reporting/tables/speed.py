@@ -86,6 +86,28 @@ def memory(study: Study) -> Table:
     return Table(data, columns, warnings=warnings, missing=reason, notes=notes)
 
 
+def weight_memory(study: Study) -> Table:
+    """Size of the weights with 2:4 tiles packed over that of dense ones: of the linear layers, and of the whole model.
+
+    Columns of the data: those of memory.csv, and whole_model_ratio.
+    """
+    data = study.memory.assign(
+        whole_model_ratio=study.memory["whole_model_hybrid_gib"] / study.memory["whole_model_dense_gib"]
+    )
+    data = data.assign(tiles=tiles_of(data["mask"])) if "mask" in data else data
+    columns = [Column("model", "Model", numeric=False)]
+    columns += [Column("tiles", "Tiles", numeric=False)] if "tiles" in data else []
+    columns += [Column("sparsity_percent", "Sparsity %", "{:g}".format)]
+    columns += [Column("dense_gib", "Linears GiB", plain(3)), Column("hybrid_gib", "Packed GiB", plain(3))]
+    columns += [Column("ratio", "Ratio", plain(3)), Column("whole_model_dense_gib", "Model GiB", plain(3))]
+    columns += [Column("whole_model_hybrid_gib", "Packed model GiB", plain(3))]
+    columns += [Column("whole_model_ratio", "Model ratio", plain(3))]
+    columns += [Column("pack_s", "Packing s", plain(1))] if "pack_s" in data else []
+    columns += [Column("gpu", "Packed on", numeric=False)] if "gpu" in data else []
+    empty = "not measured: the benchmark folder has no memory.csv (`patch-llm benchmark memory` makes one)"
+    return Table(data, columns, blocks=("model",), empty=empty)
+
+
 def layer_speed(study: Study) -> Table:
     """Time of one layer, hybrid over dense, by shape, tokens and sparsity. Nothing is published by layer.
 
