@@ -378,8 +378,8 @@ def test_plan_and_status_name_benchmarks(tmp_path: Path) -> None:
     skipped = "skipped: benchmarks of layers, generation, memory (no GPU"
     assert skipped in patch_llm("plan", *part, "--device", "cpu").stdout
     on_gpu = patch_llm("status", *part, "--all", "--override", '{"device": "cuda"}').stdout
-    assert "paper: 290 waiting" in on_gpu
+    assert "paper: 318 waiting" in on_gpu
     assert "benchmarks/memory/random/llama-3.1-8b" in on_gpu
     on_cpu = patch_llm("status", *part, "--override", '{"device": "cpu"}').stdout
-    assert "paper: 266 waiting" in on_cpu
+    assert "paper: 294 waiting" in on_cpu
     assert skipped in on_cpu
