@@ -331,7 +331,7 @@ class ProxSparse(TrainedWeights):
     batch_size: int = Field(1, gt=0)
     """Documents per optimiser step, over all GPUs."""
     learning_rate: float = Field(5e-5, gt=0)
-    """Peak of the schedule, which ends at 0 (LLaMA-2: 1e-4)."""
+    """Peak of the schedule, which ends at 0. LLaMA-2, Qwen2.5-14B, OpenLLaMA: 1e-4; Mistral-7B: 5e-5."""
     warmup_steps: int = Field(40, ge=0)
     """Steps of linear warm-up, a tenth of all."""
     rounding: Literal["none", "stochastic", "nearest"] = "nearest"
@@ -340,7 +340,7 @@ class ProxSparse(TrainedWeights):
     """Steps between saved states, which hold all weights and the optimiser's moments."""
     proximal_weight: float = Field(0.85, ge=0)
     """Lambda of the proximal operator, which follows every step; it is not multiplied by the learning rate. LLaMA-2-7B:
-    0.25, LLaMA-2-13B: 0.5, Qwen2.5-14B: 0.2, Mistral-7B: 20 or 25."""
+    0.25, LLaMA-2-13B: 0.5, Qwen2.5-14B: 0.2, Mistral-7B: 20 or 25, OpenLLaMA: 1.0 (with documents of 2048 tokens)."""
     anchor_weight: float = Field(0.0, ge=0)
     """Weight of a term that holds kept weights near their original values (the reference's lambda 2, off there too)."""
     anchor_epsilon: float = Field(0.1, gt=0)

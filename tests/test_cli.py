@@ -311,6 +311,24 @@ def test_inspect_tells_what_a_mask_prunes_and_draws_it(model_directory: Path, tm
     assert "mask.safetensors: truncated" in error_line(patch_llm("inspect", out / "mask.safetensors"))
 
 
+def test_learning_reads_text_for_half_its_steps_in_two_epochs(
+    model_directory: Path, text_file: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(str(model_directory))
+    held = len(make_tokens(tokenizer, str(text_file), sampling="packed", length=64).ids)
+    steps = held // 4 + 2
+    assert held // 2 < 2 * steps <= held < 4 * steps
+    learn = ("learn", "--model", model_directory, "--method", "maskllm", "--pattern", "2:4", "--training", text_file)
+    settings = {"steps": steps, "batch_size": 4, "micro_batch_size": 4, "pattern_prior_strength": 0}
+    options = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    done = patch_llm(
+        *learn, "--length", 64, "--epochs", 2, "--device", "cpu", "--threads", 1, *options, "--output", tmp_path / "out"
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert record["protocol"]["training"]["samples"] == 2 * steps
+
+
 def test_export_writes_a_checkpoint_with_the_records_numbers(
     model_directory: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -134,7 +134,7 @@ def learn(
             paths = {"pattern": pattern_mask, "reference": reference_mask, "start": start_mask}
             priors = {role: MaskSet.load(path) for role, path in paths.items() if path}
             sampling, draw = ("documents", Documents().seed) if chosen.text == "documents" else ("packed", None)
-            samples = chosen.steps * chosen.batch_size
+            samples = -(-chosen.steps * chosen.batch_size // epochs)
             tokens = tokens_from(training, model, revision, sampling, samples, length, draw)
             try:
                 with observer(wandb, arguments) as observe:

@@ -34,7 +34,8 @@ def relaunch(arguments: Sequence[str], nodes: int, processes: int) -> NoReturn:
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     # A warning signal of Slurm reaches every process: the learning ones act on it, torchrun must not die of it.
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    for warning in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(warning, signal.SIG_IGN)
     if nodes == 1:
         command += ["--standalone", "-m", "patch", *arguments]
     else:
@@ -49,7 +50,7 @@ def _on_every_node(torchrun: list[str], arguments: Sequence[str], nodes: int) ->
     """This process runs on the first node, which becomes the meeting point."""
     meeting = ["--nnodes", str(nodes), "--master-addr", socket.gethostname(), "--master-port", str(_free_port())]
     shared = shlex.join([*torchrun, *meeting])
-    script = f"trap '' USR2; exec {shared} --node-rank $SLURM_NODEID -m patch {shlex.join(arguments)}"
+    script = f"trap '' USR1 USR2; exec {shared} --node-rank $SLURM_NODEID -m patch {shlex.join(arguments)}"
     # --overlap: the step that this process runs in holds the whole allocation.
     srun = ["srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     cpus = os.environ.get("SLURM_CPUS_PER_TASK")

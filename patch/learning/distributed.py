@@ -77,6 +77,11 @@ def maximum(value: int, device: torch.device) -> int:
     return int(shared)
 
 
+def minimum(value: int, device: torch.device) -> int:
+    """The smallest `value` of all processes."""
+    return -maximum(-value, device)
+
+
 @contextlib.contextmanager
 def only_main(
     context: Callable[..., contextlib.AbstractContextManager[Yielded]], *arguments: Any

@@ -27,7 +27,7 @@ from patch.learning import distributed
 from patch.learning.objective import NextTokenLoss
 from patch.learning.order import Shuffled
 from patch.learning.schedules import Schedule
-from patch.learning.state import State, StateDirectory
+from patch.learning.state import State, StateDirectory, kept
 from patch.learning.stopping import Stopped, StopRequest, stop_on_signals
 from patch.methods import Trained
 from patch.models import vocabulary_size
@@ -76,7 +76,10 @@ class Loop(ABC):
         state: Path | None = None,
         observe: Callable[[Row], None] | None = None,
     ):
-        """method: of which this reads what all trained methods share; state: directory for saved states."""
+        """method: of which this reads what all trained methods share; state: directory for saved states.
+
+        observe: called with every step's row and `seconds_left`, on the main process.
+        """
         self.model, self.method, self.schedule, self.device, self.seed = model, method, schedule, device, seed
         self.sequences = Shuffled(training.ids, seed)
         self.length = training.ids.shape[1]
@@ -111,11 +114,11 @@ class Loop(ABC):
                 row = self.step(step)
                 self.curves.append(row)
                 if distributed.is_main():
+                    left = (time.perf_counter() - started) / (step + 1 - first) * (self.method.steps - step - 1)
                     if self.observe:
-                        self.observe(row)
+                        self.observe(row | {"seconds_left": left})
                     if time.monotonic() - shown >= SECONDS_BETWEEN_LINES or step + 1 == self.method.steps:
                         shown = time.monotonic()
-                        left = (time.perf_counter() - started) / (step + 1 - first) * (self.method.steps - step - 1)
                         log.info("%s", self._line(row, left))
                 self._save_if_due(directory, step + 1, request)
 
@@ -140,10 +143,15 @@ class Loop(ABC):
 
     def _line(self, row: Row, left: float) -> str:
         return (
-            f"step {row['step']:.0f}/{self.method.steps}, cross-entropy {row['cross_entropy']:.3f}, "
-            f"density {row['density']:.3f}, learning rate {row['learning_rate']:.2g}, "
-            f"{row['tokens_per_second']:,.0f} tokens/s, {duration(left)} left"
+            f"step {row['step']:.0f}/{self.method.steps}, loss {row['loss']:.3f}, "
+            f"cross-entropy {row['cross_entropy']:.3f}, density {row['density']:.3f}, {self.sharpness(row)}"
+            f"learning rate {row['learning_rate']:.2g}, {row['tokens_per_second']:,.0f} tokens/s, "
+            f"{duration(left)} left"
         )
+
+    def sharpness(self, row: Row) -> str:
+        """What the line of a step says of its temperatures, where it has any, with a comma at the end."""
+        return ""
 
     def _check_finite(self, step: int, row: Row) -> None:
         """Raise before any state is saved, so the one that is kept is good."""
@@ -154,7 +162,7 @@ class Loop(ABC):
         if problem is None and row["cross_entropy"] > DIVERGED * math.log(self.vocabulary):
             problem = f"cross_entropy is {row['cross_entropy']:.1f}, far worse than guessing;"
         if problem:
-            raise PatchError(f"step {step + 1}: {problem} lower the learning rate. The last saved state is kept.")
+            raise PatchError(f"step {step + 1}: {problem} lower the learning rate.{kept(self._state)}")
 
     # ---- state -----------------------------------------------------------------------------------------------
 
@@ -163,7 +171,8 @@ class Loop(ABC):
             return None
         identity = {
             "key": self._key,
-            "method": self.method.model_dump(mode="json"),
+            # a selection is made when all steps are done, so another one goes on from the same states
+            "method": self.method.model_dump(mode="json", exclude={"selection"}),
             "seed": self.seed,
             "processes": distributed.world_size() if self.sharded else None,
             **self.identity(),
@@ -171,11 +180,21 @@ class Loop(ABC):
         return StateDirectory(self._state, identity, distributed.rank() if self.sharded else 0)
 
     def _resume(self, directory: StateDirectory) -> int:
-        step = directory.newest()
-        if step == 0:
-            return 0
-        self.restore(directory.load(step))
-        log.info("going on after step %d of %d", step, self.method.steps)
+        """Go on after the newest step that every process has saved: one of them may have been killed before its turn.
+
+        Raises PatchError where processes find states from which they cannot go on together.
+        """
+        newest = directory.newest()
+        step = distributed.minimum(newest, self.device)
+        if not directory.leads_from(step) or (newest != step and not self.sharded):
+            raise PatchError(
+                f"{directory.directory}: process {distributed.rank()} finds a state after step {newest} there, another "
+                f"process none after step {step}; put it on a disk that all nodes share, or delete it to start anew."
+            )
+        if step:
+            self.restore(directory.load(step))
+            log.info("going on after step %d of %d", step, self.method.steps)
+        directory.discard_after(step)
         return step
 
     def _save_if_due(self, directory: StateDirectory | None, done: int, request: StopRequest) -> None:
@@ -185,13 +204,21 @@ class Loop(ABC):
         number = distributed.maximum(request.number, self.device)
         if directory and (number or self._due(done)):
             started = time.monotonic()
-            if self.sharded or distributed.is_main():
-                directory.save(State(done, self.tensors(), self.curves))
-            distributed.barrier()
+            self._save(directory, done)
             self._saved_at = time.monotonic()
             self._saving_seconds = self._saved_at - started
         if number:
-            raise Stopped(done, number)
+            raise Stopped(done, number, saved=directory is not None)
+
+    def save_last(self) -> None:
+        """Save the state after the last step, for a run whose end has to be made again."""
+        if directory := self._state_directory():
+            self._save(directory, self.method.steps)
+
+    def _save(self, directory: StateDirectory, done: int) -> None:
+        if self.sharded or distributed.is_main():
+            directory.save(State(done, self.tensors(), self.curves))
+        distributed.barrier()
 
     def _due(self, done: int) -> bool:
         """Every few steps, but not so often that saving takes more than its share of the time; alike on all ranks."""
@@ -245,10 +272,10 @@ def check_training(model: PreTrainedModel, method: Trained, training: TokenSet, 
         )
 
 
-def out_of_memory(estimate: dict[str, float], remedy: str) -> PatchError:
-    """estimate: GiB by component. remedy: what needs less."""
+def out_of_memory(estimate: dict[str, float], remedy: str, state: Path | None) -> PatchError:
+    """estimate: GiB by component. remedy: what needs less. state: directory for saved states."""
     parts = ", ".join(f"{part} {size:g}" for part, size in estimate.items())
-    return PatchError(f"out of memory; estimate in GiB: {parts}. Use {remedy}. The last saved state is kept.")
+    return PatchError(f"out of memory; estimate in GiB: {parts}. Use {remedy}.{kept(state)}")
 
 
 def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:

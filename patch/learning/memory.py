@@ -19,7 +19,7 @@ def memory_estimate(
     """GiB per component on one device.
 
     length: tokens per sequence; processes: how many devices share the blocks' weights and logits (1 unless sharded).
-    An estimate: activations are those of a Llama block, fragmentation and libraries are left out.
+    An estimate: activations are those of a compiled Llama block, fragmentation and libraries are left out.
     """
     shapes = [(linear.out_features, linear.in_features) for linear in prunable_linears(model).values()]
     weights = sum(rows * columns for rows, columns in shapes)
@@ -37,7 +37,7 @@ def memory_estimate(
         "gradients": (pattern_logits * gradient / processes + tiles * logit),
         "optimizer": (pattern_logits * state / processes + tiles * state),
         "effective weights": effective,
-        "activations": _activations(model, method.micro_batch_size * length, method.checkpointing),
+        "activations": _activations(model, method.micro_batch_size * length, method.checkpointing, compiled=True),
         "loss": 3 * LOGIT_BYTES_PER_CHUNK,
     }
     return _in_gib(parts)
@@ -56,20 +56,24 @@ def weights_memory_estimate(model: PreTrainedModel, method: TrainedWeights, leng
         "gradients": trained * gradient,
         "optimizer": trained * moments,
         "masks": 0 if isinstance(method, ProxSparse) else prunable,
-        "activations": _activations(model, method.micro_batch_size * length, method.checkpointing),
+        "activations": _activations(model, method.micro_batch_size * length, method.checkpointing, compiled=False),
         "loss": 3 * LOGIT_BYTES_PER_CHUNK,
     }
     return _in_gib(parts)
 
 
-def _activations(model: PreTrainedModel, tokens: int, checkpointing: str) -> float:
-    """Bytes: a block's inputs, and the attention's and MLP's of one block or of all."""
+def _activations(model: PreTrainedModel, tokens: int, checkpointing: str, *, compiled: bool) -> float:
+    """Bytes: the inputs of all blocks, what the block under way computes, and what the others keep of that."""
     config = model.config.get_text_config()
-    mlp = getattr(config, "intermediate_size", 4 * config.hidden_size)
-    # intermediates of one block: about 16 hidden and 4 MLP widths per token
-    inner = 16 * config.hidden_size + 4 * mlp
-    live = config.num_hidden_layers if checkpointing == "off" else 1
-    return tokens * model.dtype.itemsize * (config.hidden_size * config.num_hidden_layers + inner * live)
+    hidden, blocks = config.hidden_size, config.num_hidden_layers
+    mlp = getattr(config, "intermediate_size", 4 * hidden)
+    # Per token, about 16 hidden and 4 MLP widths. A compiled block keeps of them what its products and its attention
+    # read: both norms' outputs, queries, keys and values, the attention's output, the stream after it; gate, up and
+    # their product.
+    inner = 16 * hidden + 4 * mlp
+    kept = 6 * hidden + 3 * mlp if compiled else inner
+    others = kept * (blocks - 1) if checkpointing == "off" else 0
+    return tokens * model.dtype.itemsize * (hidden * blocks + inner + others)
 
 
 def _in_gib(parts: dict[str, float]) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """The saved state of a training job, from which an interrupted one goes on as if nothing had happened.
 
 One file per process and saved step, `step-000150.rank-0.safetensors`, in a directory that belongs to the job's key; the
-last two steps are kept. Data order, noise and schedules follow from the step, so what is trained, optimiser
-and curves are all there is to keep.
+last two steps are kept, since processes that are killed may not all have saved the last one. Data order, noise and
+schedules follow from the step, so what is trained, optimiser and curves are all there is to keep.
 """
 
 from __future__ import annotations
@@ -47,6 +47,18 @@ class StateDirectory:
         """Step of the newest saved state, 0 where there is none."""
         return max(self._steps(), default=0)
 
+    def leads_from(self, step: int) -> bool:
+        """Whether a run can go on after `step`: its state is there, or it is 0 and no state has been deleted yet."""
+        steps = self._steps()
+        return step in steps or (step == 0 and len(steps) < KEPT)
+
+    def discard_after(self, step: int) -> None:
+        """Delete newer states than that of `step`. Raises PatchError, as `load` does, for one of another run."""
+        for newer in self._steps():
+            if newer > step:
+                self.load(newer)
+                self._path(newer).unlink()
+
     def load(self, step: int) -> State:
         """Raises PatchError for a damaged file, and for one of other settings or another number of processes."""
         tensors, metadata, _ = read_tensors(self._path(step), SCHEMA)
@@ -58,8 +70,18 @@ class StateDirectory:
         return State(metadata["step"], tensors, metadata["curves"])
 
     def _steps(self) -> list[int]:
-        files = self.directory.glob(f"step-*.rank-{self.rank}.safetensors")
-        return sorted(int(found[1]) for file in files if (found := re.match(r"step-(\d+)\.", file.name)))
+        return _steps(self.directory, self.rank)
 
     def _path(self, step: int) -> Path:
         return self.directory / f"step-{step:06d}.rank-{self.rank}.safetensors"
+
+
+def kept(directory: Path | None) -> str:
+    """What an error says of the states in a directory; nothing where there is none."""
+    steps = _steps(directory, "*") if directory else []
+    return f" The state after step {steps[-1]} is kept." if steps else ""
+
+
+def _steps(directory: Path, rank: int | str) -> list[int]:
+    files = directory.glob(f"step-*.rank-{rank}.safetensors")
+    return sorted(int(found[1]) for file in files if (found := re.match(r"step-(\d+)\.", file.name)))

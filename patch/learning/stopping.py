@@ -13,10 +13,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error
-    """The job was asked to stop; its state is saved."""
+    """The job was asked to stop; its state is saved where it has a directory for that."""
 
-    def __init__(self, step: int, number: int):
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; the state is saved")
+    def __init__(self, step: int, number: int, *, saved: bool):
+        what = "; the state is saved" if saved else ""
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}{what}")
         self.step = step
         self.signal = number
 

@@ -28,6 +28,7 @@ from patch.learning.parametrisation import LearnableMasks, run_block
 from patch.learning.readback import Readback
 from patch.learning.schedules import MaskSchedule
 from patch.learning.selection import final_masks
+from patch.learning.state import State, kept
 from patch.methods import Learned, LearnedTiles
 from patch.models import prunable_linears
 from patch.sparsity.maskset import MaskSet, fingerprint
@@ -60,7 +61,8 @@ def learn_masks(
     priors: MaskSets by role, "pattern" and "reference" (`LearnableMasks`). epochs: how often `training` may be read.
     state: directory for saved states, with `key` as the identity of the run; None keeps nothing.
     sharded: split weights and logits over all processes (FSDP2) instead of replicating them.
-    compiled: compile the decoder blocks; default on GPUs. observe: called with every step's row, on the main process.
+    compiled: compile the decoder blocks; default on GPUs. observe: called with every step's row and `seconds_left`,
+    on the main process.
     Raises PatchError for a divergence, too little text, a density that is not reached, or memory that does not
     suffice, each with its remedy; Stopped after a signal, when the state is saved.
     """
@@ -84,6 +86,9 @@ def learn_masks(
             trainer = Trainer(model, masks, training, seed, key, state, observe)
             trainer.run()
             result = final_masks(masks, base)
+            if isinstance(method, LearnedTiles) and abs(result.sparsity - sparsity) > DENSITY_TOLERANCE:
+                trainer.save_last()
+                raise _density_missed(result.sparsity, sparsity, state)
         finally:
             masks.remove()
     except torch.OutOfMemoryError as error:
@@ -91,8 +96,8 @@ def learn_masks(
             estimate,
             "optimizer adamw_8bit, gradient_dtype and logits_dtype bfloat16, checkpointing, several GPUs with --shard, "
             "or shorter sequences",
+            state,
         ) from error
-    _check_density(result, method, sparsity)
     return LearnedMasks(result, trainer.curves)
 
 
@@ -233,6 +238,12 @@ class Trainer(Loop):
     def _draw(self, step: int, sample: int, *, accumulate: bool) -> None:
         self.masks.draw(sample, self.schedule.patterns(step), self.schedule.tiles(step), accumulate=accumulate)
 
+    def restore(self, state: State) -> None:
+        super().restore(state)
+        if self.sharded:
+            for block in self.masks.blocks:
+                block.reshard()  # type: ignore[operator]  # or what `prepare` gathered would be used once more
+
     # ---- gradients -------------------------------------------------------------------------------------------
 
     def _clear_gradients(self) -> None:
@@ -270,6 +281,11 @@ class Trainer(Loop):
 
     # ---- curves ----------------------------------------------------------------------------------------------
 
+    def sharpness(self, row: Row) -> str:
+        learned = {"pattern": self.masks.learns_patterns, "tile": self.masks.learns_tiles}
+        found = [f"{row[f'{part}_temperature']:.3g} ({part}s)" for part, learns in learned.items() if learns]
+        return f"temperature {' and '.join(found)}, "
+
     def _row(self, step: int, numbers: list[float]) -> Row:
         """numbers: the four terms of `_forward_backward`, and the norm of all gradients."""
         cross_entropy, miss, density, norm_term, gradient_norm = numbers
@@ -300,9 +316,10 @@ def _leaf(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(_local(parameter.detach())) if isinstance(parameter, DTensor) else parameter
 
 
-def _check_density(masks: MaskSet, method: Learned, sparsity: float) -> None:
-    if isinstance(method, LearnedTiles) and abs(masks.sparsity - sparsity) > DENSITY_TOLERANCE:
-        raise PatchError(
-            f"the masks end at {100 * masks.sparsity:.1f} % sparsity, the target is {100 * sparsity:.1f} %: raise "
-            "density_weight or the number of steps, lower norm_weight, or use selection topk. The last state is kept."
-        )
+def _density_missed(reached: float, target: float, state: Path | None) -> PatchError:
+    saved = kept(state)
+    remedy = "or use selection topk" + (", which goes on from there." if saved else ".")
+    return PatchError(
+        f"the masks end at {100 * reached:.1f} % sparsity, the target is {100 * target:.1f} %.{saved} Raise "
+        f"density_weight or the number of steps, lower norm_weight, {remedy}"
+    )

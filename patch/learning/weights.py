@@ -83,6 +83,7 @@ def train_weights(
             estimate,
             "optimizer adamw_8bit with rounding stochastic, gradient_dtype bfloat16, checkpointing activations, a "
             "smaller micro_batch_size or shorter sequences",
+            state,
         ) from error
 
 

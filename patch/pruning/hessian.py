@@ -14,18 +14,25 @@ from patch.artefacts import PatchError
 
 DAMPING_RETRIES = 4
 STRIP, TOKENS = 1024, 4096
+DOUBLE = 2048
+"""Inputs up to which sums on a CPU are in float64: it is cheap there, and masks do not turn with the order of sums."""
 log = logging.getLogger(__name__)
 
 
+def sum_dtype(in_features: int, device: torch.device) -> torch.dtype:
+    """Of sums over tokens: float32, and float64 for up to DOUBLE inputs on a CPU."""
+    return torch.float64 if device.type == "cpu" and in_features <= DOUBLE else torch.float32
+
+
 class Hessian:
-    """H = 2/n * sum of x x^T over the tokens of n sequences, float32 [in_features, in_features].
+    """H = 2/n * sum of x x^T over the tokens of n sequences, [in_features, in_features] of `sum_dtype`.
 
     Symmetric: only what lies right of the diagonal, in strips of STRIP rows, is computed and read. TOKENS are in
-    float32 at a time; on a GPU those of 16 bits are multiplied as they are.
+    that dtype at a time; on a GPU those of 16 bits are multiplied as they are.
     """
 
     def __init__(self, in_features: int, device: torch.device):
-        self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.sum = torch.zeros(in_features, in_features, dtype=sum_dtype(in_features, device), device=device)
         self.sequences = 0
         self._factor: Tensor | None = None
         self._damping = 0.0
@@ -34,7 +41,7 @@ class Hessian:
         for part in inputs.reshape(-1, inputs.shape[-1]).split(TOKENS):
             # Tensor cores multiply 16-bit numbers exactly and add them up in float32, many times as fast as float32.
             exact = part.is_cuda and part.dtype in (torch.bfloat16, torch.float16)
-            tokens = part if exact else part.float()
+            tokens = part if exact else part.to(self.sum.dtype)
             for start in range(0, len(self.sum), STRIP):
                 rows, columns = tokens[:, start : start + STRIP].T, tokens[:, start:]
                 strip = self.sum[start : start + STRIP, start:]
@@ -45,7 +52,7 @@ class Hessian:
         self.sequences += inputs.shape[0] if inputs.dim() > 2 else 1
 
     def is_finite(self) -> bool:
-        return bool(self.sum.diagonal().isfinite().all())
+        return bool(self.sum.diagonal().float().isfinite().all())
 
     def dead_inputs(self) -> Tensor:
         """bool [in_features]: inputs that were 0 in every token."""
@@ -53,10 +60,10 @@ class Hessian:
 
     def input_norms(self) -> Tensor:
         """Mean over sequences of the squared L2 norm of every input, float32 [in_features]: Wanda's statistic."""
-        return self.sum.diagonal() / self.sequences
+        return (self.sum.diagonal() / self.sequences).float()
 
     def inverse_factor(self, damping: float) -> Tensor:
-        """Upper Cholesky factor U of the inverse, inv(H) = U^T U, damped by a share of the mean diagonal.
+        """Upper Cholesky factor U of the inverse, inv(H) = U^T U, damped by a share of the mean diagonal; float32.
 
         Without its first i rows and columns it is the factor of the inverse of H without them.
         Kept for the next call, since layers that share their inputs share this object. When the Cholesky
@@ -74,10 +81,10 @@ class Hessian:
             # U = inv(R) is the factor: half the work of inverting H and factoring the inverse.
             reversed_lower, failed = torch.linalg.cholesky_ex(self._damped(damping).flip(0, 1))
             if not failed:
-                factor = torch.eye(size, device=self.sum.device)
+                factor = torch.eye(size, dtype=self.sum.dtype, device=self.sum.device)
                 torch.linalg.solve_triangular(reversed_lower, factor, upper=False, out=factor)
                 del reversed_lower
-                return factor.flip(0, 1)
+                return factor.flip(0, 1).float()
             log.warning("Hessian of %d inputs: not positive definite at damping %g", size, damping)
             damping *= 10
         raise PatchError(

@@ -7,27 +7,29 @@ from torch import Tensor
 
 from patch.methods import Wanda
 from patch.pruning.base import Pruned, Statistic, select
+from patch.pruning.hessian import sum_dtype
 from patch.sparsity.patterns import Pattern
 
 
 class InputNorm:
-    """Mean over sequences of the squared L2 norm of every input feature, float32 [in_features]."""
+    """Mean over sequences of the squared L2 norm of every input feature, float32 [in_features], of sums in
+    `sum_dtype`."""
 
     def __init__(self, in_features: int, device: torch.device):
-        self.sum_of_squares = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.sum_of_squares = torch.zeros(in_features, dtype=sum_dtype(in_features, device), device=device)
         self.sequences = 0
 
     def add(self, inputs: Tensor) -> None:
         sequences = inputs.reshape(-1, *inputs.shape[-2:])
-        for tokens in sequences:  # of which one at a time is in float32
-            self.sum_of_squares += torch.linalg.vector_norm(tokens, dim=0, dtype=torch.float32).square()
+        for tokens in sequences:  # of which one at a time is in another dtype
+            self.sum_of_squares += torch.linalg.vector_norm(tokens, dim=0, dtype=self.sum_of_squares.dtype).square()
         self.sequences += len(sequences)
 
     def mean(self) -> Tensor:
-        return self.sum_of_squares / self.sequences
+        return (self.sum_of_squares / self.sequences).float()
 
     def is_finite(self) -> bool:
-        return bool(self.sum_of_squares.isfinite().all())
+        return bool(self.sum_of_squares.float().isfinite().all())
 
 
 class WandaPruner:

@@ -8,15 +8,19 @@ import pytest
 from patch.artefacts import PatchError
 from patch.cluster import launch
 
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+"""Of batch systems."""
+
 
 @pytest.fixture
 def became(monkeypatch: pytest.MonkeyPatch):
     """What `relaunch` would have become."""
     commands: list[list[str]] = []
     monkeypatch.setattr(os, "execvp", lambda file, command: commands.append(command))
-    before = signal.getsignal(signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in WARNINGS}
     yield commands
-    signal.signal(signal.SIGUSR2, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_one_node_becomes_one_torchrun(became) -> None:
@@ -24,7 +28,7 @@ def test_one_node_becomes_one_torchrun(became) -> None:
     assert became[0][1:] == [
         "-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone", "-m", "patch", "learn", "--model", "m",
     ]  # fmt: skip
-    assert signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN  # torchrun shall not die of Slurm's warning
+    assert all(signal.getsignal(number) == signal.SIG_IGN for number in WARNINGS)  # torchrun shall not die of them
 
 
 def test_several_nodes_become_one_torchrun_each_that_meet_at_the_first(became, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +45,7 @@ def test_several_nodes_become_one_torchrun_each_that_meet_at_the_first(became, m
         "--cpus-per-task=8",
     ]
     script = became[0][-1]
-    assert script.startswith("trap '' USR2; exec ")
+    assert script.startswith("trap '' USR1 USR2; exec ")
     assert "--nnodes 2" in script
     assert "--node-rank $SLURM_NODEID -m patch learn --set 'steps=5 x'" in script
 

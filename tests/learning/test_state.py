@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from patch.artefacts import PatchError
-from patch.learning.state import State, StateDirectory
+from patch.learning.state import State, StateDirectory, kept
 
 
 def state(step: int) -> State:
@@ -53,3 +53,30 @@ def test_processes_keep_their_parts_apart(tmp_path: Path) -> None:
         StateDirectory(tmp_path, {}, rank).save(state(10 + rank))
     assert StateDirectory(tmp_path, {}, 0).newest() == 10
     assert StateDirectory(tmp_path, {}, 1).newest() == 11
+
+
+def test_a_run_goes_on_after_states_that_are_there_and_from_the_start_while_none_was_deleted(tmp_path: Path) -> None:
+    directory = StateDirectory(tmp_path, {}, rank=0)
+    assert directory.leads_from(0)
+    directory.save(state(10))
+    assert [directory.leads_from(step) for step in (0, 5, 10)] == [True, False, True]
+    directory.save(state(20))
+    assert [directory.leads_from(step) for step in (0, 10, 20)] == [False, True, True]
+
+
+def test_states_newer_than_the_agreed_one_are_discarded_unless_they_are_of_another_run(tmp_path: Path) -> None:
+    directory = StateDirectory(tmp_path, {"key": "a"}, rank=0)
+    for step in (10, 20):
+        directory.save(state(step))
+    with pytest.raises(PatchError, match="other settings"):
+        StateDirectory(tmp_path, {"key": "b"}, rank=0).discard_after(10)
+    assert directory.newest() == 20
+    directory.discard_after(10)
+    assert directory.newest() == 10
+
+
+def test_errors_mention_the_newest_state_of_any_process_where_there_is_one(tmp_path: Path) -> None:
+    assert kept(None) == kept(tmp_path / "none") == kept(tmp_path) == ""
+    for rank in (0, 1):
+        StateDirectory(tmp_path, {}, rank).save(state(10 + rank))
+    assert kept(tmp_path) == " The state after step 11 is kept."

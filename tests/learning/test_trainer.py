@@ -8,6 +8,7 @@ import time
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import transformers
 
 from patch.artefacts import PatchError
 from patch.data import TokenSet
-from patch.learning import LearnedMasks, Stopped, learn_masks, loop
+from patch.learning import LearnedMasks, Stopped, distributed, learn_masks, loop
 from patch.learning.loop import gradient_norm
 from patch.learning.optimizers import apply
 from patch.learning.state import State, StateDirectory
@@ -79,6 +80,8 @@ def test_joint_density_reaches_its_target(learn: Callable[..., LearnedMasks]) ->
 def test_curves_have_a_row_per_step_with_all_terms(learn: Callable[..., LearnedMasks]) -> None:
     seen: list[dict[str, float]] = []
     learned = learn("patch_joint", run={"observe": seen.append})
+    assert seen[0].pop("seconds_left") > 0
+    assert [row.pop("seconds_left") for row in seen[1:]][-1] == 0
     assert learned.curves == seen
     assert [row["step"] for row in seen] == [1, 2, 3, 4, 5, 6]
     first = seen[0]
@@ -250,19 +253,82 @@ def test_nan_ends_the_run_with_the_step_and_the_term(
     model = tiny_model("llama")
     model.model.norm.weight.data[3] = float("inf")
     method = MaskLLM(steps=2, batch_size=2, pattern_prior_strength=0)
-    with pytest.raises(PatchError, match=r"step 1: cross_entropy is nan.*state is kept"):
+    with pytest.raises(PatchError, match=r"step 1: cross_entropy is nan.* lower the learning rate\.$"):
         learn_masks(model, method, Pattern.parse("2:4"), 0.5, tokens(), {})
 
 
-def test_divergence_ends_the_run(learn: Callable[..., LearnedMasks], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patch.learning.loop.DIVERGED", 0.1)
-    with pytest.raises(PatchError, match=r"step 1: cross_entropy is .* worse than guessing"):
-        learn("maskllm")
+def test_divergence_ends_the_run_and_keeps_the_last_state(
+    learn: Callable[..., LearnedMasks], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def diverge_after_4(row: dict[str, float]) -> None:
+        if row["step"] == 4:
+            monkeypatch.setattr("patch.learning.loop.DIVERGED", 0.1)
+
+    with pytest.raises(PatchError, match=r"step 5: cross_entropy is .* worse than guessing.* after step 3 is kept"):
+        learn("maskllm", checkpoint_every=3, run={"state": tmp_path, "observe": diverge_after_4})
 
 
-def test_a_density_that_is_not_reached_is_an_error_with_the_remedy(learn: Callable[..., LearnedMasks]) -> None:
-    with pytest.raises(PatchError, match=r"end at .* % sparsity, the target is 20.0 %: raise density_weight"):
-        learn("patch_joint", sparsity=0.2, density_weight=0, tile_prior_strength=0, norm_weight=0)
+def test_a_density_that_is_not_reached_is_an_error_and_topk_ends_without_another_step(
+    learn: Callable[..., LearnedMasks], tmp_path: Path
+) -> None:
+    lost: dict[str, Any] = {"sparsity": 0.2, "density_weight": 0, "tile_prior_strength": 0, "norm_weight": 0}
+    with pytest.raises(PatchError, match=r"end at .* sparsity, the target is 20.0 %\. Raise density_weight .*topk\.$"):
+        learn("patch_joint", **lost)
+    with pytest.raises(PatchError, match=r"state after step 6 is kept.* or use selection topk, which goes on"):
+        learn("patch_joint", **lost, run={"state": tmp_path})
+    rows: list[dict[str, float]] = []
+    learned = learn("patch_joint", **lost, selection="topk", run={"state": tmp_path, "observe": rows.append})
+    assert rows == []
+    assert bits(learned) == bits(learn("patch_joint", **lost, selection="topk"))
+    assert [row["step"] for row in learned.curves] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("selection", ["topk", "balanced"])
+def test_a_tile_larger_than_the_layers_makes_whole_layers_dense_or_sparse(
+    tiny_model: Callable[..., transformers.PreTrainedModel], tokens: Callable[..., TokenSet], selection: str
+) -> None:
+    """Of 21 layers of one size, 14 sparse ones come nearest to 34 %."""
+    model = tiny_model(num_hidden_layers=3, intermediate_size=64, num_key_value_heads=4)
+    options = {"pattern_prior_strength": 0, "tile_prior_strength": 0, "selection": selection}
+    method = PatchJoint(steps=2, batch_size=2, **options)
+    learned = learn_masks(model, method, Pattern.parse("tiles:4096x4096"), 0.34, tokens(), {})
+    assert sorted(mask.sparsity for mask in learned.masks.linears.values()) == 7 * [0.0] + 14 * [0.5]
+    assert learned.masks.sparsity == pytest.approx(1 / 3)
+
+
+def test_tiles_as_large_as_layers_can_miss_the_density(learn: Callable[..., LearnedMasks]) -> None:
+    with pytest.raises(PatchError, match=r"end at 18.3 % sparsity, the target is 30.0 %.*topk"):
+        learn("patch_joint", sparsity=0.3, pattern="tiles:4096x4096")
+
+
+@pytest.mark.parametrize(
+    ("name", "temperatures"),
+    [
+        ("maskllm", "0.708 (patterns)"),
+        ("patch_joint", "0.708 (patterns) and 0.375 (tiles)"),
+        ("patch_tile", "0.375 (tiles)"),
+    ],
+)
+def test_the_line_of_a_step_names_the_loss_and_the_temperatures_that_there_are(
+    learn: Callable[..., LearnedMasks], caplog: pytest.LogCaptureFixture, name: str, temperatures: str
+) -> None:
+    with caplog.at_level("INFO"):
+        row = learn(name).curves[-1]
+    line = next(message for message in caplog.messages if message.startswith("step 6/6"))
+    assert line.startswith(f"step 6/6, loss {row['loss']:.3f}, cross-entropy {row['cross_entropy']:.3f}, density ")
+    assert f", temperature {temperatures}, learning rate " in line
+    assert line.endswith(" tokens/s, 0 s left")
+
+
+def test_processes_that_find_different_states_do_not_go_on(
+    learn: Callable[..., LearnedMasks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one process saves for all, another one that sees less reads another disk."""
+    learn("maskllm", checkpoint_every=2, run={"state": tmp_path})
+    monkeypatch.setattr(distributed, "minimum", lambda value, device: value - 2)
+    with pytest.raises(PatchError, match=r"process 0 finds a state after step 4 there, another .* none after step 2"):
+        learn("maskllm", checkpoint_every=2, run={"state": tmp_path})
+    assert StateDirectory(tmp_path, {}, 0).newest() == 4
 
 
 def test_out_of_memory_prints_the_estimate_per_component(

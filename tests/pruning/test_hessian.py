@@ -29,12 +29,21 @@ def statistic_of(sequences: torch.Tensor) -> Hessian:
 def test_strips_leave_out_only_what_symmetry_gives(strip, tokens_at_a_time, sequences, monkeypatch):
     monkeypatch.setattr(hessian, "STRIP", strip)
     monkeypatch.setattr(hessian, "TOKENS", tokens_at_a_time)
-    statistic, tokens = statistic_of(sequences), sequences.flatten(0, 1)
+    statistic, tokens = statistic_of(sequences), sequences.flatten(0, 1).double()
     torch.testing.assert_close(statistic.sum.triu(), (tokens.T @ tokens).triu())
-    factor = statistic.inverse_factor(0.01)
+    factor = statistic.inverse_factor(0.01).double()
     damped = tokens.T @ tokens * 2 / 3
     damped += 0.01 * damped.diagonal().mean() * torch.eye(24)
-    torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(24), rtol=0, atol=1e-4)
+    torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(24).double(), rtol=0, atol=1e-4)
+
+
+def test_sums_are_in_float64_on_a_cpu_up_to_a_width():
+    """A sum that float32 would lose: 1 beside 2^24."""
+    narrow = Hessian(2, CPU)
+    narrow.add(torch.tensor([[[4096.0, 1.0], [1.0, 1.0]]]))
+    assert narrow.sum[0, 0] == 4096.0**2 + 1
+    assert narrow.inverse_factor(0.01).dtype == narrow.input_norms().dtype == torch.float32
+    assert Hessian(hessian.DOUBLE + 1, CPU).sum.dtype == torch.float32
 
 
 def test_the_factor_is_kept_for_its_damping(sequences):
@@ -46,18 +55,18 @@ def test_the_factor_is_kept_for_its_damping(sequences):
 
 
 def test_a_singular_hessian_is_damped_more_and_the_log_says_so(caplog):
-    """Two equal inputs, and a damping that rounding swallows."""
+    """Two equal inputs, and a damping that rounding swallows even in float64."""
     inputs = torch.tensor([1.0, 1.0, 3.0]).repeat(1, 5, 1)
     statistic = Hessian(3, CPU)
     statistic.add(inputs)
     with caplog.at_level(logging.WARNING, logger="patch"):
-        factor = statistic.inverse_factor(1e-9)
+        factor = statistic.inverse_factor(1e-17)
     assert caplog.messages
-    assert caplog.messages[0] == "Hessian of 3 inputs: not positive definite at damping 1e-09"
+    assert caplog.messages[0] == "Hessian of 3 inputs: not positive definite at damping 1e-17"
     assert factor.isfinite().all()
     again = Hessian(3, CPU)
     again.add(inputs)
-    assert torch.equal(factor, again.inverse_factor(1e-9 * 10 ** len(caplog.messages)))
+    assert torch.equal(factor, again.inverse_factor(1e-17 * 10 ** len(caplog.messages)))
 
 
 def test_part_of_the_factor_belongs_to_the_hessian_of_the_later_inputs(sequences):
