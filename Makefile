@@ -64,7 +64,7 @@ STUDY := results/reference/smollm2
 reference: $(VENV)/.installed
 	patch-llm collect --config workflow/config/smollm2.yaml --output $(STUDY)/runs.parquet $(STALE)
 	rm $(STUDY)/runs.csv $(STUDY)/experiment.json
-	snakemake --cores 2 tables figures --configfile workflow/config/reference.yaml --quiet all
+	snakemake tables figures --cores 2 --configfile workflow/config/reference.yaml --quiet all
 	cd results/smollm2-report && cp tables/accuracy.md tables/accuracy.csv tables/tasks.md tables/comparisons.md \
 	  tables/claims.md figures/perplexity_vs_sparsity.png figures/accuracy_vs_sparsity.png ../../$(STUDY)/
 

@@ -47,6 +47,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "stderr": ("Float64", "standard error of value"),
     "samples": ("Int64", "items behind the value"),
     "protocol": ("string", "how the subject was measured, as JSON"),
+    "options": ("string", "hyper-parameters of the stage, as JSON; where the subject is the model and it has any"),
     "date": ("string", "UTC, end of the stage"),
     "commit": ("string", "of the checkout that computed it"),
     "dirty": ("boolean", "whether that checkout had changes; missing outside a checkout"),
@@ -71,6 +72,8 @@ IDENTITY = (
     "seed",
 )
 """The columns that say which cell a row belongs to."""
+LATER = ("options",)
+"""Columns that older runs tables lack; they are read as missing."""
 STEP_COLUMNS: dict[str, tuple[str, str]] = {
     "step": ("Int64", "optimiser step, from 1"),
     "loss": ("Float64", "cross_entropy + density_loss - the weighted norm_ratio, or + ProxSparse's weighted anchor"),
@@ -193,7 +196,7 @@ def write_paired(table: pd.DataFrame, runs: Path | str) -> None:
 
 def read_runs(path: Path | str) -> pd.DataFrame:
     """Read a runs table. Raises PatchError when it is missing or of another layout."""
-    return _read(Path(path), COLUMNS)
+    return _read(Path(path), COLUMNS, LATER)
 
 
 def read_curves(runs: Path | str) -> pd.DataFrame:
@@ -211,16 +214,17 @@ def _write(table: pd.DataFrame, parquet: Path | str) -> None:
         table.to_parquet(temporary, index=False)
 
 
-def _read(path: Path, columns: Mapping[str, Any]) -> pd.DataFrame:
+def _read(path: Path, columns: Mapping[str, Any], later: tuple[str, ...] = ()) -> pd.DataFrame:
     try:
         table = pd.read_parquet(path)
     except FileNotFoundError:
         raise PatchError(f"{path}: no such file; run the stage `collect` first.") from None
     except (OSError, ValueError) as error:
         raise PatchError(f"{path}: not a Parquet file ({error}); collect again.") from None
-    if list(table.columns) != list(columns):
+    absent = [name for name in later if name not in table]
+    if list(table.columns) != [name for name in columns if name not in absent]:
         raise PatchError(f"{path}: its columns are not those of this version; collect again.")
-    return table
+    return table.reindex(columns=list(columns)).astype({name: columns[name][0] for name in absent})
 
 
 def _items(path: Path) -> pd.DataFrame:
@@ -291,12 +295,15 @@ def _record_rows(cell: Cell, record: Record, realised: float) -> Iterator[dict[s
         "transformers": source["versions"]["transformers"],
         "lm_eval": source["versions"]["lm-eval"],
     }
+    options = record.arguments.get("options")
+    of_model = {"subject": "model", "options": json.dumps(options) if options else None}
     for metric in record.metrics:
         row = {"subject": metric.subject, "metric": metric.name, "value": metric.value}
         protocol = json.dumps(record.protocol[metric.subject]) if metric.subject in record.protocol else None
-        yield {**common, **row, "stderr": metric.stderr, "samples": metric.samples, "protocol": protocol}
+        row |= {"stderr": metric.stderr, "samples": metric.samples, "protocol": protocol}
+        yield {**common, **row, **(of_model if metric.subject == "model" else {})}
     for name, value in record.cost.items():
-        yield {**common, "subject": "model", "metric": name, "value": value}
+        yield {**common, **of_model, "metric": name, "value": value}
 
 
 def _identity(cell: Cell) -> dict[str, Any]:

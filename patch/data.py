@@ -204,16 +204,12 @@ def read_documents(source: str, split: str) -> tuple[Sequence[str], str | None]:
 
     Those of the hub stay on disk and are read when they are asked for.
     """
+    check_source(source)
     if source.startswith(embedded.PREFIX):
         return embedded.documents(source, split), None
     if source in HUB_TEXTS:
         return _hub_documents(HUB_TEXTS[source][split])
     path = Path(source).expanduser()
-    if path.suffix not in (".txt", ".json", ".jsonl", ".parquet"):
-        known = [*HUB_TEXTS, *(embedded.PREFIX + name for name in embedded.TEXTS)]
-        raise PatchError(f"text {source}: not one of {', '.join(known)}, nor a .txt, .json, .jsonl or .parquet file.")
-    if not path.is_file():
-        raise PatchError(f"text {source}: no such file.")
     try:
         documents = _file_documents(path)
         if any(not isinstance(text, str) for text in documents):
@@ -223,6 +219,23 @@ def read_documents(source: str, split: str) -> tuple[Sequence[str], str | None]:
         raise PatchError(
             f"text {source}: cannot be read ({first_line(error)}); JSON and Parquet need a text column named 'text'."
         ) from None
+
+
+def check_source(source: str) -> None:
+    """Raise PatchError unless `source` names a text of the hub, an embedded one, or a file that is there."""
+    if source in HUB_TEXTS or source.startswith(embedded.PREFIX):
+        return
+    path = Path(source).expanduser()
+    if source == "ptb":
+        raise PatchError(
+            "text ptb: its data set on the hub is a script, which `datasets` no longer runs, and its licence is the "
+            "LDC's; use wikitext2, or give your copy as a .txt file."
+        )
+    if path.suffix not in (".txt", ".json", ".jsonl", ".parquet"):
+        known = [*HUB_TEXTS, *(embedded.PREFIX + name for name in embedded.TEXTS)]
+        raise PatchError(f"text {source}: not one of {', '.join(known)}, nor a .txt, .json, .jsonl or .parquet file.")
+    if not path.is_file():
+        raise PatchError(f"text {source}: no such file.")
 
 
 def _hub_documents(text: HubText) -> tuple[Sequence[str], str | None]:

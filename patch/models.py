@@ -64,19 +64,28 @@ def prepare_model(source: str, revision: str | None = None, dtype: str = "auto")
     )
 
 
-def load_model(source: str, *, revision: str | None = None, dtype: str = "auto") -> PreTrainedModel:
+def load_model(
+    source: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    local_files_only: bool = False,
+    token: str | None = None,
+) -> PreTrainedModel:
     """Load a causal LM into CPU memory, in evaluation mode, weights frozen.
 
     source: a `model.json` of `prepare_model`, a directory, a hub id, or "embedded:NAME".
     dtype: "float32", "bfloat16", "float16", or "auto" for the one it was saved in.
+    local_files_only: of the hub's models, take what is in the local cache. token: for the hub; default: HF_TOKEN.
     Raises PatchError with the way out when it cannot be had.
     """
     path, revision, dtype = _resolve(source, revision, dtype)
     try:
         with hub_access(f"model {source}"):
             model = AutoModelForCausalLM.from_pretrained(
-                path, revision=revision, dtype=DTYPES.get(dtype, "auto"), attn_implementation="sdpa"
-            )
+                path, revision=revision, dtype=DTYPES.get(dtype, "auto"), attn_implementation="sdpa",
+                local_files_only=local_files_only, token=token,
+            )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise PatchError(
             f"model {source}: transformers cannot load it as a causal LM ({first_line(error)})."
@@ -85,12 +94,16 @@ def load_model(source: str, *, revision: str | None = None, dtype: str = "auto")
     return model.eval()
 
 
-def load_tokenizer(source: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a model; `source` as in `load_model`."""
+def load_tokenizer(
+    source: str, *, revision: str | None = None, local_files_only: bool = False, token: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model; arguments as in `load_model`."""
     path, revision, _ = _resolve(source, revision, "auto")
     try:
         with hub_access(f"tokenizer of {source}"):
-            return AutoTokenizer.from_pretrained(path, revision=revision)
+            return AutoTokenizer.from_pretrained(
+                path, revision=revision, local_files_only=local_files_only, token=token
+            )
     except (OSError, ValueError, KeyError) as error:
         raise PatchError(f"tokenizer of {source}: transformers cannot load it ({first_line(error)}).") from error
 

@@ -12,7 +12,6 @@ official ones are optional: they name the data and the schedule, which the offic
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +20,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from patch.artefacts import PatchError
-from patch.data import TokenSet, make_tokens
+from patch.data import TokenSet, check_source, make_tokens
 from patch.evaluation.perplexity import perplexity
 from patch.evaluation.zeroshot import TaskLibrary, harness_model, zero_shot
-from patch.experiments import TASKS
-from patch.learning import learn_masks
+from patch.experiments import TASKS, Documents
+from patch.learning import learn_masks, train_weights
 from patch.learning.curves import observer
-from patch.methods import Learned, make_method
+from patch.methods import Learned, TrainedWeights, make_method
 from patch.models import load_model, load_tokenizer, prunable_linears
 from patch.pruning import prune_model
 from patch.sparsity.maskset import MaskSet
@@ -66,7 +65,13 @@ _OUR_MASK_KEYS = {"dataset", "epochs", "state", "seed", "steps", "batch_size", "
 _PRUNE_KEYS = {"prune_method", "sparsity_type", "sparsity_ratio", "nsamples", "maskllm_checkpoint", "fine_tune"} | {
     "optimizer_FT_pruning", "calibration_dataset", "eval_dataset", "shift_zero_metrics"
 }  # fmt: skip
-_OUR_PRUNE_KEYS = {"calibration_length", "calibration_sampling"}
+_OUR_PRUNE_KEYS = {"calibration_length", "calibration_sampling"} | {
+    "fine_tuning_dataset", "fine_tuning_samples", "fine_tuning_length", "fine_tuning_batch_size"
+}  # fmt: skip
+
+
+EVALUATED = "wikitext2"
+"""The text on which perplexity is measured unless another is asked for."""
 
 
 def get_llm(
@@ -74,17 +79,15 @@ def get_llm(
 ) -> tuple[PreTrainedModel, HFLM]:
     """Load a causal LM, and the same model as lm-evaluation-harness sees it.
 
-    model_name: hub id, directory, or "embedded:smollm2-135m". dtype: "auto" for bfloat16 on a GPU and the one that
-    the model was saved in on a CPU; or a name such as "float32".
+    model_name: hub id, directory, or "embedded:smollm2-135m". local_files_only: take what is in the hub's local cache.
+    hf_token: for models behind a licence; default: HF_TOKEN. dtype: "auto" for bfloat16 on a GPU and the one that the
+    model was saved in on a CPU; or a name such as "float32".
     """
-    if hf_token:
-        os.environ["HF_TOKEN"] = hf_token
-    if local_files_only:
-        os.environ["HF_HUB_OFFLINE"] = "1"
     if dtype == "auto" and torch.cuda.is_available():
         dtype = "bfloat16"
-    model = load_model(model_name, dtype=dtype).to(_device())  # type: ignore[arg-type]
-    return model, harness_model(model, load_tokenizer(model_name))
+    access: dict[str, Any] = {"local_files_only": local_files_only, "token": hf_token}
+    model = load_model(model_name, dtype=dtype, **access).to(_device())  # type: ignore[arg-type]
+    return model, harness_model(model, load_tokenizer(model_name, **access))
 
 
 def prepare_pruned_model(
@@ -96,37 +99,50 @@ def prepare_pruned_model(
     target_sparsity_ratio: float,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Prune `model` to 2:4 in place, which makes the prior of `learn_mask`, and return it.
+    """Prune `model` in place, to 2:4 for the prior of `learn_mask`, and return it.
 
     checkpoint_name: directory for the masks; where it holds some for this model, they are used instead.
-    prune_args: `prune_method` (magnitude, wanda, sparsegpt, thanos, or maskllm with `maskllm_checkpoint`, a MaskSet
-        file), `sparsity_type` ("2:4"), `sparsity_ratio` (0.5), `nsamples`, `calibration_dataset`, `shift_zero_metrics`;
-        ours: `calibration_length` (2048), `calibration_sampling` ("windows").
+    prune_args: `prune_method` (magnitude, wanda, sparsegpt, thanos, prox_sparse, or maskllm with `maskllm_checkpoint`,
+        a MaskSet file), `sparsity_type` ("2:4", or "unstructured", which `learn_mask` cannot start from),
+        `sparsity_ratio` (0.5), `nsamples` (128; documents that prox_sparse trains on: 400), `calibration_dataset`,
+        `shift_zero_metrics`, `eval_dataset` (what `evaluate` takes unless told otherwise), `fine_tune` (train the kept
+        weights of the returned model; a mask is learned on the original ones all the same), `optimizer_FT_pruning`
+        (of fine_tune and prox_sparse); ours: `calibration_length` (2048; prox_sparse: 4096), `calibration_sampling`
+        ("windows"), and for fine_tune, with SLiM's defaults, `fine_tuning_dataset` ("slimpajama"),
+        `fine_tuning_samples` (30000), `fine_tuning_length` (1024), `fine_tuning_batch_size` (64).
     mask_tile_size: accepted as in the official API; the reference mask serves any tile size.
     target_sparsity_ratio: of the unstructured reference, whose density gives the prior of the tiles.
     """
     arguments = _Checked(prune_args, _PRUNE_KEYS | _OUR_PRUNE_KEYS, "prune_args")
-    if arguments.get("fine_tune", False):
-        raise PatchError("prune_args: fine_tune is not available; leave it False.")
-    if arguments.get("sparsity_type", "2:4") != "2:4" or arguments.get("sparsity_ratio", 0.5) != 0.5:
-        raise PatchError("prune_args: the prior of PATCH is a 2:4 mask: sparsity_type 2:4, sparsity_ratio 0.5.")
-    name = arguments.get("prune_method", "wanda")
+    name = arguments.get("prune_method", "wanda").replace("prox_sparse", "proxsparse")
+    pattern, share = _pruned_to(name, arguments)
+    eval_dataset = arguments.get("eval_dataset", None) or EVALUATED
+    check_source(eval_dataset)  # hours before it is read
     folder = Path(checkpoint_name)
     files = {role: folder / f"{role}.safetensors" for role in ("pattern", "reference")}
     if not all(file.is_file() for file in files.values()):
         if name == "maskllm":
-            if not arguments.get("maskllm_checkpoint", None):
-                raise PatchError("prune_args: prune_method maskllm needs maskllm_checkpoint, a MaskSet file.")
-            MaskSet.load(arguments.get("maskllm_checkpoint", None)).save(files["pattern"])
-            name = "wanda"  # for the reference, as the official code does
+            masks = MaskSet.load(arguments.get("maskllm_checkpoint", None))
+        elif name == "proxsparse":
+            masks = _proxsparse(model, tokenizer, arguments, seed)
         else:
-            _one_shot(model, tokenizer, name, "2:4", 0.5, arguments, seed).save(files["pattern"])
-        _one_shot(model, tokenizer, name, "unstructured", target_sparsity_ratio, arguments, seed).save(
-            files["reference"]
+            masks = _one_shot(model, tokenizer, name, pattern, share, arguments, seed)
+        if arguments.get("fine_tune", False):
+            masks = _fine_tuned(model, tokenizer, masks, pattern, arguments, seed)
+        masks.save(files["pattern"])
+        # as the official code does where the method cannot make it
+        name = "wanda" if name in ("maskllm", "proxsparse") else name
+        unstructured = Pattern.parse("unstructured")
+        _one_shot(model, tokenizer, name, unstructured, target_sparsity_ratio, arguments, seed).save(files["reference"])
+    loaded = {role: MaskSet.load(file) for role, file in files.items()}
+    if other := {mask.pattern.kind for mask in loaded["pattern"].linears.values()} - {"dense", pattern.kind}:
+        raise PatchError(
+            f"checkpoint_name {folder}: holds masks of another kind ({other.pop()}), not {pattern} as asked for; name "
+            "another directory."
         )
-    masks = {role: MaskSet.load(file) for role, file in files.items()}
-    masks["pattern"].apply_(prunable_linears(model))
-    model.patch_masks = masks  # type: ignore[assignment]
+    loaded["pattern"].apply_(prunable_linears(model))
+    model.patch_masks = loaded  # type: ignore[assignment]
+    model.patch_eval_dataset = eval_dataset  # type: ignore[assignment]
     return model
 
 
@@ -143,11 +159,21 @@ def learn_mask(
 
     mask_args: the keys of the official API (`lr`, `sparse_reg`, `temp_schedule_tile`, ...); ours: `dataset` (a text
         source, default slimpajama), `epochs`, `steps`, `batch_size`, `warmup_steps`, `selection`, `seed`, and `state`
-        (a directory, from which an interrupted run goes on).
+        (a directory, from which an interrupted run goes on). `learnable_mask` False learns nothing, and returns
+        `compressed_model` with its own mask.
     The returned model has exact zeros, and its MaskSet as attribute `patch_mask`.
     """
     options = {**_OPTIONS, **_PATTERN_OPTIONS, **_TILE_OPTIONS}
     arguments = _Checked(mask_args, _MASK_KEYS | _OUR_MASK_KEYS | options.keys(), "mask_args")
+    priors: dict[str, MaskSet] = compressed_model.patch_masks  # type: ignore[assignment]
+    if not arguments.get("learnable_mask", True):
+        compressed_model.patch_mask = priors["pattern"]  # type: ignore[assignment]
+        return compressed_model, harness_model(compressed_model, tokenizer)
+    if any(mask.pattern.kind == "unstructured" for mask in priors["pattern"].linears.values()):
+        raise PatchError(
+            "compressed_model: pruned without a pattern; masks are learned from a 2:4 prior, prepare it with "
+            "sparsity_type 2:4 in a checkpoint_name of its own, or set learnable_mask False."
+        )
     method = _learned_method(arguments)
     share = 0.5 if arguments.get("mask_llm", False) else arguments.get("target_sparsity_ratio", 0.5)
     height, width = arguments.get("mask_tile_size", (128, 128))
@@ -164,12 +190,13 @@ def learn_mask(
     )
     with observer("patch" if wandb else None, {"model": model_name, **method.model_dump(mode="json")}) as observe:
         learned = learn_masks(
-            model, method, pattern, share, training, compressed_model.patch_masks,  # type: ignore[arg-type]
+            model, method, pattern, share, training, priors,
             seed=seed, epochs=arguments.get("epochs", 1), device=_device(),
             state=Path(state) if state else None, observe=observe,
         )  # fmt: skip
     learned.masks.apply_(prunable_linears(model))
     model.patch_mask = learned.masks  # type: ignore[assignment]
+    model.patch_eval_dataset = getattr(compressed_model, "patch_eval_dataset", EVALUATED)  # type: ignore[arg-type]
     return model, lm_eval_model
 
 
@@ -178,7 +205,7 @@ def evaluate(
     lm_eval_model: HFLM | None,
     tokenizer: PreTrainedTokenizerBase,
     evaluate_perplexity: bool = True,
-    eval_dataset: str = "wikitext2",
+    eval_dataset: str | None = None,
     eval_batch_size: int = 1,
     test_lmharness: bool = True,
     *,
@@ -189,11 +216,13 @@ def evaluate(
 ) -> tuple[float, dict[str, float]]:
     """Perplexity (0.0 if not asked for) and zero-shot accuracies by task, with their "average".
 
-    lm_eval_model: as `get_llm` returned it; it wraps `model`, which is what is scored. eval_batch_size: questions
-    scored together. tasks: the paper's eight by default (the official code has six). length: tokens per window.
+    lm_eval_model: as `get_llm` returned it; it wraps `model`, which is what is scored. eval_dataset: default: that of
+    the `prune_args` that the model was prepared with, else wikitext2. eval_batch_size: questions scored together.
+    tasks: the paper's eight by default (the official code has six). length: tokens per window.
     """
     value = 0.0
     if evaluate_perplexity:
+        eval_dataset = eval_dataset or str(getattr(model, "patch_eval_dataset", EVALUATED))
         tokens = make_tokens(tokenizer, eval_dataset, sampling="joined", length=length)
         value = perplexity(model, eval_dataset, tokens).metrics[0].value
     accuracies: dict[str, float] = {}
@@ -241,11 +270,27 @@ def _learned_method(arguments: _Checked) -> Learned:
     return method
 
 
+def _pruned_to(name: str, arguments: _Checked) -> tuple[Pattern, float]:
+    """Pattern and share of pruned weights that `prune_args` ask for. Raises PatchError where the method cannot."""
+    kind, share = arguments.get("sparsity_type", "2:4"), arguments.get("sparsity_ratio", 0.5)
+    if kind not in ("2:4", "unstructured"):
+        raise PatchError(f"prune_args: sparsity_type {kind!r}: choose 2:4 or unstructured.")
+    if kind == "2:4" and share != 0.5:
+        raise PatchError(
+            f"prune_args: sparsity_ratio {share}: 2:4 prunes half; leave it 0.5, or choose sparsity_type unstructured."
+        )
+    if kind != "2:4" and name in ("maskllm", "proxsparse"):
+        raise PatchError(f"prune_args: prune_method {name} makes 2:4 masks only; set sparsity_type 2:4.")
+    if name == "maskllm" and not arguments.get("maskllm_checkpoint", None):
+        raise PatchError("prune_args: prune_method maskllm needs maskllm_checkpoint, a MaskSet file.")
+    return Pattern.parse(kind), share
+
+
 def _one_shot(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
-    pattern: str,
+    pattern: Pattern,
     share: float,
     arguments: _Checked,
     seed: int,
@@ -264,7 +309,56 @@ def _one_shot(
             seed=seed,
             split="train",
         )
-    return prune_model(copy.deepcopy(model), method, Pattern.parse(pattern), share, tokens, _device(), seed)
+    return prune_model(copy.deepcopy(model), method, pattern, share, tokens, _device(), seed)
+
+
+def _proxsparse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: _Checked, seed: int) -> MaskSet:
+    """2:4 masks of ProxSparse, which reads `nsamples` documents once; the model stays as it is."""
+    usual = Documents()
+    samples = arguments.get("nsamples", usual.samples)
+    method = _training_method("proxsparse", arguments, steps=samples, warmup_steps=samples // 10)
+    documents = make_tokens(
+        tokenizer,
+        arguments.get("calibration_dataset", usual.source),
+        sampling="documents",
+        length=arguments.get("calibration_length", usual.length),
+        samples=samples,
+        seed=usual.seed,
+    )
+    trained = train_weights(
+        copy.deepcopy(model), method, Pattern.parse("2:4"), documents, {}, seed=seed, device=_device()
+    )
+    return trained.masks
+
+
+def _fine_tuned(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    masks: MaskSet,
+    pattern: Pattern,
+    arguments: _Checked,
+    seed: int,
+) -> MaskSet:
+    """The masks with trained weights (SLiM's `fine_tune`); the model stays as it is."""
+    samples, batch = arguments.get("fine_tuning_samples", 30_000), arguments.get("fine_tuning_batch_size", 64)
+    method = _training_method("fine_tune", arguments, steps=samples // batch, batch_size=batch)
+    training = make_tokens(
+        tokenizer,
+        arguments.get("fine_tuning_dataset", "slimpajama"),
+        sampling="packed",
+        length=arguments.get("fine_tuning_length", 1024),
+        samples=samples,
+    )
+    trained = train_weights(
+        copy.deepcopy(model), method, pattern, training, {"start": masks}, seed=seed, device=_device()
+    )
+    return trained.masks
+
+
+def _training_method(name: str, arguments: _Checked, **options: int) -> TrainedWeights:
+    method = make_method(name, {"optimizer": arguments.get("optimizer_FT_pruning", "adamw_torch"), **options})
+    assert isinstance(method, TrainedWeights)
+    return method
 
 
 def _device() -> str:

@@ -350,7 +350,7 @@ def test_plan_of_one_table_counts_its_cells_only(tmp_path: Path) -> None:
     part = ("plan", "--config", ROOT / "workflow" / "config" / "paper.yaml", "--results", tmp_path, "--target")
     done = patch_llm(*part, "density_target")
     assert done.returncode == 0, done.stderr
-    assert "paper: 6 cells" in done.stdout  # one and per block, at three sparsities
+    assert "paper: 7 cells" in done.stdout  # dense; one target and per block, at three sparsities
     assert "6 learn" in done.stdout
     unknown = patch_llm(*part, "tile_sizes")
     assert unknown.returncode == 1
@@ -366,7 +366,9 @@ def test_plan_tells_costs_and_reasons_and_writes_what_fits_a_budget(tmp_path: Pa
     assert "GPU-hours" in done.stdout
     assert "new" in done.stdout
     assert "Hours are those of one NVIDIA H200" in done.stdout
-    assert f"snakemake --cores all --configfile {config} {layer} --config 'only=" in done.stdout
+    assert f"snakemake --cores all --resources gpu=1 --configfile {config} {layer} --config 'only=" in done.stdout
+    on_cpu = patch_llm("plan", *part, "--device", "cpu", "--budget", 2000, "--layer", layer.with_name("cpu.yaml"))
+    assert f"snakemake --cores all --configfile {config}" in on_cpu.stdout
     again = patch_llm("plan", "--config", config, "--config", layer, *part[2:])
     (kept,) = [line for line in done.stdout.splitlines() if "cells fit 20 GPU-hours" in line]
     assert f"paper: {kept.split()[0]} cells" in again.stdout
@@ -394,8 +396,8 @@ def test_plan_and_status_name_benchmarks(tmp_path: Path) -> None:
     skipped = "skipped: benchmarks of layers, generation, memory (no GPU"
     assert skipped in patch_llm("plan", *part, "--device", "cpu").stdout
     on_gpu = patch_llm("status", *part, "--all", "--override", '{"device": "cuda"}').stdout
-    assert "paper: 290 waiting" in on_gpu
+    assert "paper: 318 waiting" in on_gpu
     assert "benchmarks/memory/random/llama-3.1-8b" in on_gpu
     on_cpu = patch_llm("status", *part, "--override", '{"device": "cpu"}').stdout
-    assert "paper: 266 waiting" in on_cpu
+    assert "paper: 294 waiting" in on_cpu
     assert skipped in on_cpu

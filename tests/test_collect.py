@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -56,7 +57,8 @@ def results(experiment: Experiment, tmp_path: Path) -> Path:
             layer = Metric("model.layers.0.mlp.up_proj", "sparsity", cell.sparsity / 100, samples=50)
             metrics = [Metric("model", "sparsity", cell.sparsity / 100 - 0.01, samples=100), layer]
             metrics += [Metric("model", "train_cross_entropy", 2.5, samples=3)] if cell.mask_stage == "learn" else []
-            finish(tmp_path, cell, cell.mask_stage, metrics)
+            arguments = {"method": cell.method, "options": cell.options}
+            finish(tmp_path, cell, cell.mask_stage, metrics, arguments=arguments)
         finish(tmp_path, cell, "evaluate", [Metric("wikitext2", "perplexity", 12.0, 0.5, 6)])
     return tmp_path
 
@@ -104,6 +106,27 @@ def test_learned_cells_have_the_rows_of_pruned_ones(experiment: Experiment, resu
         ("evaluate", "wikitext2", "perplexity"): 12.0,
         ("evaluate", "model", "wall_s"): 2.0,
     }
+
+
+def test_hyper_parameters_stand_beside_what_is_said_of_the_model(experiment: Experiment, results: Path) -> None:
+    runs = collect(experiment, results)
+    told = runs[runs["options"].notna()]
+    assert set(told["subject"]) == {"model"}
+    assert set(zip(told["cell"], told["stage"], strict=True)) == {(MASKLLM, "learn"), (TILE, "learn"), (WANDA, "prune")}
+    of_tile = set(told.loc[told["cell"] == TILE, "options"])
+    assert [json.loads(options)["density_weight"] for options in of_tile] == [3.0]
+
+
+def test_an_older_runs_table_is_read_without_its_hyper_parameters(
+    experiment: Experiment, results: Path, tmp_path: Path
+) -> None:
+    write_runs(collect(experiment, results).drop(columns="options"), tmp_path / "runs.parquet")
+    older = read_runs(tmp_path / "runs.parquet")
+    assert list(older) == list(COLUMNS)
+    assert older["options"].isna().all()
+    assert older.dtypes.equals(collect(experiment, results).dtypes)
+    committed = Path(__file__).parents[1] / "results" / "reference" / "smollm2" / "runs.parquet"
+    assert len(read_runs(committed)) > 50
 
 
 def test_compressed_cells_have_the_rows_of_their_mask_too(compressed: Experiment, results: Path) -> None:

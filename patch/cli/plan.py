@@ -192,4 +192,5 @@ def _fit(
     write_text(layer, yaml.safe_dump(without(experiment, reasons, target), sort_keys=False))
     files = shlex.join(str(file) for file in [*configs, layer])
     settings = f" --config {shlex.join(f'{name}={json.dumps(value)}' for name, value in overrides.items())}"
-    console.print(f"snakemake --cores all --configfile {files}{settings if overrides else ''}", soft_wrap=True)
+    gpu = " --resources gpu=1" if unit == "GPU-hours" else ""
+    console.print(f"snakemake --cores all{gpu} --configfile {files}{settings if overrides else ''}", soft_wrap=True)

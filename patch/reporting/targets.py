@@ -94,6 +94,11 @@ def _compressed(setting: Setting) -> bool:
     return setting["compression"] != UNCOMPRESSED
 
 
+def _and_dense(cells: Callable[[Setting], bool]) -> Callable[[Setting], bool]:
+    """The dense model too: what all of these cells start from, compared with its own published value first."""
+    return lambda setting: cells(setting) or (setting["method"] == "dense" and not _compressed(setting))
+
+
 def setting_of(cell: Cell) -> Setting:
     """What targets ask of a cell of the grid."""
     names = ("method", "pattern", "sparsity", "variant", "compression")
@@ -114,17 +119,21 @@ TABLES = {
             "unstructured", "Against unstructured pruning", _unstructured, lambda s: s["pattern"] == "unstructured"
         ),
         Target(
-            "tile_size", "Tile size", lambda s: _joint(s) and s["variant"] == "default" and _tiles(s),
-            lambda s: s["pattern"] != PAPER_TILES,
+            "tile_size", "Tile size",
+            _and_dense(lambda s: _joint(s) and s["variant"] == "default" and _tiles(s)),
+            lambda s: _tiles(s) and s["pattern"] != PAPER_TILES,
         ),
         Target(
             "density_target", "One density target, or one per block",
-            lambda s: _joint(s) and s["pattern"] == PAPER_TILES and s["variant"] in ("default", "per-block"),
+            _and_dense(
+                lambda s: _joint(s) and s["pattern"] == PAPER_TILES and s["variant"] in ("default", "per-block")
+            ),
             lambda s: s["variant"] == "per-block",
         ),
-        Target("frozen_mask", "The frozen 2:4 mask", _frozen, lambda s: s["variant"] != "default"),
+        Target("frozen_mask", "The frozen 2:4 mask", _and_dense(_frozen), lambda s: s["variant"] != "default"),
         Target(
-            "tile_prior", "Prior of the tiles", lambda s: _prior(s) and s["pattern"] == PAPER_TILES,
+            "tile_prior", "Prior of the tiles",
+            _and_dense(lambda s: _prior(s) and s["pattern"] == PAPER_TILES),
             lambda s: s["variant"] != "default",
         ),
         Target(

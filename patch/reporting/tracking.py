@@ -6,6 +6,7 @@ One process writes, after `collect`; jobs never open the store. Writing again ch
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -42,6 +43,7 @@ def track(
     """Write the finished cells of a runs table, with their curves, to the MLflow store at `uri`.
 
     Returns how many cells were new, changed and unchanged.
+    Parameters: PARAMETERS, and the hyper-parameters: option.NAME of the method, compression.NAME of the compression.
     Cells are found again by the tags cell_hash and cell, and rewritten only if the tag result_hash differs.
     Metrics in the units of the runs table: perplexity.TEXT, acc.TASK and acc_norm.TASK (without the subjects of MMLU),
     acc.mean, each with .stderr where known; sparsity of the whole model; STAGE.wall_s and other costs by stage.
@@ -148,6 +150,7 @@ def _cells(rows: pd.DataFrame, curves: pd.DataFrame, masks: Path | None) -> list
     for cell, own in rows.groupby("cell", sort=False):
         first = own.iloc[0]
         parameters = {name: f"{first[name]:g}" if name == "sparsity" else str(first[name]) for name in PARAMETERS}
+        parameters |= _options(own)
         known = own[["cell_hash", *TAGS]].bfill().iloc[0].dropna()
         tags = {"kind": "cell", **{str(name): str(value) for name, value in known.items()}}
         finished = own["date"].dropna()
@@ -161,6 +164,16 @@ def _cells(rows: pd.DataFrame, curves: pd.DataFrame, masks: Path | None) -> list
         files = {MASK: mask[0]} if mask else {}
         contents.append(_Content(str(cell), parameters, metrics, histories, tags, files, start, end))
     return contents
+
+
+def _options(own: pd.DataFrame) -> dict[str, str]:
+    """The hyper-parameters of a cell's stages by their names in MLflow; texts as they are, others as JSON."""
+    found = {}
+    for stage, options in own.dropna(subset="options").groupby("stage", sort=False)["options"].first().items():
+        kind = "compression" if stage == "compress" else "option"
+        for name, value in json.loads(options).items():
+            found[f"{kind}.{name}"] = value if isinstance(value, str) else json.dumps(value)
+    return found
 
 
 def _histories(curves: pd.DataFrame, start: int) -> pd.DataFrame:

@@ -80,7 +80,8 @@ def cell_rows(
             for module in MODULES
         ]
         rows.append({**mask, "subject": "model", "metric": "sparsity", "value": sparsity / 100})
-        rows.append({**mask, "subject": "model", "metric": "wall_s", "value": 12.5})
+        options = METHODS[method]().model_dump_json()
+        rows.append({**mask, "subject": "model", "metric": "wall_s", "value": 12.5, "options": options})
     if learned:
         rows.append({**mask, "subject": "model", "metric": "train_cross_entropy", "value": 2.5})
     rows.append({**evaluate, "subject": "model", "metric": "wall_s", "value": 3.25})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +13,7 @@ from patch.reporting.allocation import gathered, layers
 from patch.reporting.study import Study
 from patch.reporting.tables.allocation import sparsity_by_depth, sparsity_by_module
 from patch.reporting.tables.cells import cells
-from patch.reporting.tables.layout import to_html, to_markdown
+from patch.reporting.tables.layout import to_html, to_markdown, write_table
 
 SHARES = {"q_proj": (0.1, 100), "o_proj": (0.2, 100), "up_proj": (0.5, 700), "down_proj": (0.4, 100)}
 
@@ -83,3 +84,25 @@ def test_every_cell_has_its_origin_and_its_logs(
     assert '<a href="../../../logs/synthetic/qwen/wanda/50-2of4">' in page
     assert '<a href="../qwen/wanda/50-2of4/evaluate/record.json">' in page
     assert page.count("<a ") == 2  # what is not on this machine is not linked
+
+
+def test_a_failed_cell_links_to_its_logs_and_shows_the_end_of_the_one_that_says_why(
+    runs: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    log = Path("logs/synthetic/qwen/maskllm/50-2of4/learn.log")
+    write_text(log, "".join(f"step {n}\n" for n in range(30)) + "\x1b[31merror\x1b[0m: loss <nan> & gone\n")
+    failed = runs["method"] == "maskllm"
+    reason = f"failed or not finished; the log of `learn` is {log}"
+    table = cells(Study(runs.assign(reason=runs["reason"].mask(failed, reason))))
+    rows = table.data.set_index("cell")
+    assert rows.loc["qwen/maskllm/50-2of4", "logs"] == str(log.parent)
+    assert pd.isna(rows.loc["qwen/thanos/50-2of4", "logs"])  # never started
+    page = to_html(table, "Cells", "results/synthetic/tables")
+    assert '<a href="../../../logs/synthetic/qwen/maskllm/50-2of4">' in page
+    (shown,) = re.findall(r"<details><summary>log</summary><pre>(.*?)</pre></details>", page, re.DOTALL)
+    assert shown.splitlines() == [*(f"step {n}" for n in range(11, 30)), "error: loss &lt;nan&gt; &amp; gone"]
+    write_table(table, "cells", tmp_path)
+    assert "step 29" not in (tmp_path / "cells.csv").read_text() + (tmp_path / "cells.md").read_text()
+    log.unlink()
+    assert "<details>" not in to_html(cells(Study(runs.assign(reason=runs["reason"].mask(failed, reason)))), "Cells")

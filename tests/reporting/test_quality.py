@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 import pytest
 from conftest import cell_rows, runs_table
@@ -169,12 +171,23 @@ def ablated() -> pd.DataFrame:
 def test_ablations_show_their_cells_with_what_is_published_of_each() -> None:
     sizes = accuracy(ablated(), "tile_size")
     assert sizes[["pattern", "perplexity.wikitext2.published"]].values.tolist() == [
-        ["tiles:128x128", 14.57], ["tiles:64x64", 14.66],
+        ["dense", 12.08], ["tiles:128x128", 14.57], ["tiles:64x64", 14.66],
     ]  # fmt: skip
     targets = accuracy(ablated(), "density_target")
-    assert targets["variant"].tolist() == ["default", "per-block"]
-    assert targets["perplexity.wikitext2.published"].tolist() == [14.57, 15.17]
+    assert targets["variant"].tolist() == ["default", "default", "per-block"]
+    assert targets["perplexity.wikitext2.published"].tolist() == [12.08, 14.57, 15.17]
     assert targets["perplexity.wikitext2.delta"].notna().all()
+
+
+@pytest.mark.parametrize("name", ["tile_size", "density_target", "frozen_mask", "tile_prior"])
+def test_ablations_start_from_the_dense_model(name: str) -> None:
+    runs = ablated()
+    other = pd.concat([runs, runs[runs["variant"] == "per-block"].assign(variant="prior-wanda", cell="prior-wanda")])
+    frozen = runs[runs["variant"] == "per-block"].assign(method="patch_tile", variant="on-wanda", cell="on-wanda")
+    own = runs["subject"].eq("wikitext2") & runs["method"].eq("dense")
+    off = pd.concat([runs.assign(value=runs["value"].mask(own, 1.05 * 12.08)), other[len(runs) :], frozen])
+    (warning,) = quality(Study(off.reset_index(drop=True)), name).warnings
+    assert "perplexity of the dense qwen is 12.68, +0.60 from the published 12.08" in warning
 
 
 def test_an_ablation_that_a_run_lacks_says_so(runs: pd.DataFrame) -> None:
@@ -188,9 +201,18 @@ def test_cells_that_did_not_run_stand_beside_what_is_published() -> None:
     cells = done.drop_duplicates("cell")[[*identity, "compression", "seed"]]
     waiting = runs_table(cells.assign(status="missing", reason="not run").to_dict("records"))
     table = quality(Study(waiting), "tile_size")
-    assert table.data["perplexity.wikitext2.published"].tolist() == [14.57, 14.66]
+    assert table.data["perplexity.wikitext2.published"].tolist() == [12.08, 14.57, 14.66]
     assert table.data["perplexity.wikitext2"].isna().all()
-    assert table.missing == ["qwen, PATCH-Joint tiles 128x128 45 %; PATCH-Joint tiles 64x64 45 %: not run"]
+    assert table.missing == ["qwen, Dense; PATCH-Joint tiles 128x128 45 %; PATCH-Joint tiles 64x64 45 %: not run"]
+    assert not table.warnings
+    by_task = tasks(Study(waiting))
+    assert by_task.data["metric"].tolist() == ["acc"] * 3 + ["published acc"] * 2  # none of tiles of 64
+    assert by_task.data["piqa"].tolist() == pytest.approx([math.nan] * 3 + [70.24, 68.44], nan_ok=True)
+    lines = to_markdown(by_task).splitlines()
+    assert "PIQA ↑" in lines[0]
+    assert any("Dense" in line and "70.2" in line and "47.7" in line for line in lines)
+    assert not any("Δ acc" in line for line in lines)
+    assert not by_task.warnings
 
 
 def test_missing_cells_are_dashes_with_their_reason_below(runs: pd.DataFrame) -> None:
@@ -214,6 +236,14 @@ def test_tasks_table(runs: pd.DataFrame) -> None:
     text = to_markdown(tasks(Study(runs)))
     assert "−28.3 ± 1.0" in text
     assert not [line for line in text.splitlines() if "−28.3" in line and "**" in line]  # a difference is never best
+
+
+def test_tasks_say_too_that_the_dense_model_misses_its_published_value(runs: pd.DataFrame) -> None:
+    assert not tasks(Study(runs)).warnings  # 46.0, as published
+    own = (runs["method"] == "dense") & (runs["metric"] == "acc")
+    off = runs.assign(value=runs["value"].mask(own, runs["value"] - 0.02))
+    (warning,) = tasks(Study(off)).warnings
+    assert "mean accuracy of the dense qwen is 44.00, −2.00 from the published" in warning
 
 
 def test_runs_with_little_in_them(runs: pd.DataFrame) -> None:

@@ -108,6 +108,17 @@ def test_training_cost_compares_hours_only_for_as_many_tokens() -> None:
     assert "batch of 128 sequences" in text
 
 
+def test_published_hours_are_those_of_the_papers_tiles_and_defaults() -> None:
+    runs, curves = learned_cell()
+    sizes = runs.assign(pattern="tiles:64x64", cell=runs["cell"].str.replace("128x128", "64x64"))
+    blocks = runs.assign(variant="per-block", cell=runs["cell"] + "/per-block")
+    data = training_cost(Study(pd.concat([runs, sizes, blocks], ignore_index=True), curves)).data
+    found = {(row["pattern"], row["variant"]): row["gpu_h.published"] for row in data.to_dict("records")}
+    assert found.pop(("tiles:128x128", "default")) == 18.0
+    assert set(found) == {("tiles:64x64", "default"), ("tiles:128x128", "per-block")}
+    assert all(math.isnan(hours) for hours in found.values())
+
+
 def test_training_cost_without_learned_cells(runs: pd.DataFrame) -> None:
     one_shot = runs[runs["method"] == "wanda"]
     assert "This run has no cell that belongs here" in to_markdown(training_cost(Study(one_shot)))

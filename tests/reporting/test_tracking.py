@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from patch.artefacts import PatchError
-from patch.reporting.tracking import track
+from patch.methods import PatchJoint
+from patch.reporting.tracking import PARAMETERS, track
 
 
 def test_track(
@@ -58,6 +59,8 @@ def test_track(
     assert run.data.params == {
         "model": "qwen", "source": "Qwen/Qwen2.5-0.5B", "method": "sparsegpt", "pattern": "2:4", "sparsity": "50",
         "variant": "default", "compression": "none", "seed": "0",
+        "option.layers": "all", "option.calibration_inputs": "pruned", "option.block_size": "128",
+        "option.damping": "0.01",
     }  # fmt: skip
     metrics = run.data.metrics
     assert metrics["perplexity.wikitext2"] == pytest.approx(36.0)
@@ -72,6 +75,11 @@ def test_track(
 
     # a learned cell has its curves, step by step, in the time of its first stage
     run = cells["qwen/patch_joint/45-tiles128x128"]
+    options = {name: value for name, value in run.data.params.items() if name.startswith("option.")}
+    assert set(options) == {f"option.{name}" for name in PatchJoint.model_fields}
+    assert (options["option.learning_rate"], options["option.pattern_scale"]) == ("0.001", "[100.0, 500.0]")
+    assert options["option.tile_temperature"] == "null"
+    assert "compression.bits" not in run.data.params
     own = curves[curves["cell"] == run.info.run_name]
     history = client.get_metric_history(run.info.run_id, "learn.cross_entropy")
     assert [point.step for point in history] == list(range(1, 81))
@@ -102,6 +110,26 @@ def test_track(
     assert again["qwen/sparsegpt/50-2of4"].data.metrics["perplexity.wikitext2"] == 35.0
     assert len(again) == 9
     assert len(stored("report")) == 1
+
+
+def test_hyper_parameters_of_a_compressed_cell_are_those_of_both_stages(
+    runs: pd.DataFrame, no_curves: pd.DataFrame, tmp_path: Path
+) -> None:
+    own = runs[(runs["cell"] == "qwen/wanda/50-2of4") & (runs["metric"] != "sparsity")]
+    compress = own[own["stage"] == "prune"].assign(stage="compress", options='{"bits": 4, "scale": "slim"}')
+    older = runs[runs["cell"] == "qwen/sparsegpt/50-2of4"].assign(options=pd.NA)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert track(pd.concat([own, compress, older], ignore_index=True), no_curves, uri)["new"] == 2
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("synthetic").experiment_id
+    found = {run.info.run_name: run.data.params for run in client.search_runs([experiment], "tags.kind = 'cell'")}
+    parameters = found["qwen/wanda/50-2of4"]
+    assert (parameters["compression.bits"], parameters["compression.scale"]) == ("4", "slim")
+    assert parameters["option.shift_zero_metrics"] == "false"
+    assert set(found["qwen/sparsegpt/50-2of4"]) == set(PARAMETERS)
 
 
 def test_missing_artifacts_are_named(runs: pd.DataFrame, no_curves: pd.DataFrame, tmp_path: Path) -> None:

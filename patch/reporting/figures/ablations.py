@@ -35,6 +35,7 @@ def ablation(study: Study, name: str) -> Figure:
     """
     nothing = "no model of this run was measured with more than one choice"
     runs = rows_of(study.runs, FIGURES[name])
+    runs = runs[runs["method"] != "dense"]
     if runs.empty:
         return placeholder(nothing)
     rows = _rows(settings(runs), name)

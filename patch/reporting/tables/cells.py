@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -10,12 +12,16 @@ import pandas as pd
 from patch.reporting.study import Study
 from patch.reporting.tables.layout import Column, Table
 
+LOG_LINES = 20
+"""Last lines of a failed cell's log that stand in the table: in the report, a single file, links lead nowhere."""
+
 
 def cells(study: Study) -> Table:
     """One row per cell.
 
-    Columns of the data: run, model, cell, status, reason, date, commit, device, torch, transformers, lm_eval, wall_s
-    (of all stages), and record and logs, as paths from where the workflow runs.
+    Columns of the data: run, model, cell, status, reason, reason.excerpt (the end of the log that the reason names),
+    date, commit, device, torch, transformers, lm_eval, wall_s (of all stages), and record and logs, as paths from where
+    the workflow runs.
     """
     runs = study.runs
     rows: list[dict[str, Any]] = []
@@ -24,12 +30,14 @@ def cells(study: Study) -> Table:
         times = own.loc[own["metric"] == "wall_s", "value"].astype(float)
         commit = "" if pd.isna(known["commit"]) else str(known["commit"])[:12]
         stages = list(own["stage"].dropna().unique())
+        logs, reason = f"logs/{run}/{cell}", own["reason"].iloc[0]
         row = {
             "run": run,
             "model": own["model"].iloc[0],
             "cell": cell,
             "status": own["status"].iloc[0],
-            "reason": own["reason"].iloc[0],
+            "reason": reason,
+            "reason.excerpt": None if pd.isna(reason) else _excerpt(str(reason)),
             "date": None if pd.isna(known["date"]) else str(known["date"])[:16].replace("T", " "),
             "commit": commit + ("+" if not pd.isna(known["dirty"]) and known["dirty"] else "") or None,
             "device": known["cpu"] if pd.isna(known["gpu"]) else known["gpu"],
@@ -38,7 +46,7 @@ def cells(study: Study) -> Table:
             "lm_eval": known["lm_eval"],
             "wall_s": times.sum() if len(times) else math.nan,
             "record": f"results/{run}/{cell}/{stages[-1]}/record.json" if stages else None,
-            "logs": f"logs/{run}/{cell}" if stages else None,
+            "logs": logs if stages or Path(logs).is_dir() else None,
         }
         rows.append(row)
     data = pd.DataFrame(rows)
@@ -52,3 +60,12 @@ def cells(study: Study) -> Table:
     columns += [Column("record", "Record", numeric=False, link=True), Column("logs", "Logs", numeric=False, link=True)]
     notes = {"dirty": "A + after the commit: the checkout had changes."}
     return Table(data, columns, notes=notes)
+
+
+def _excerpt(reason: str) -> str | None:
+    """The end of the log that a reason ends with, if it is on this machine, without a terminal's colours."""
+    named = re.search(r"(\S+\.log)$", reason)
+    if named is None or not Path(named[1]).is_file():
+        return None
+    lines = Path(named[1]).read_text(errors="replace").splitlines()
+    return re.sub(r"\x1b\[[\d;]*m", "", "\n".join(lines[-LOG_LINES:]))

@@ -1,7 +1,7 @@
 """A table and its four written forms: CSV (all numbers, full precision), Markdown, LaTeX and HTML; and the terminal.
 
-The data is a DataFrame; a value's companions stand in columns named after it: VALUE.stderr is printed beside it, and
-VALUE.notes (ids of footnotes) as raised letters.
+The data is a DataFrame; a value's companions stand in columns named after it: VALUE.stderr is printed beside it,
+VALUE.notes (ids of footnotes) as raised letters, and VALUE.excerpt, some lines of a file, unfolds below it in HTML.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def write_table(table: Table, name: str, directory: Path | str, title: str = "")
     """
     base = Path(directory) / name
     with atomic_path(base.with_suffix(".csv")) as temporary:
-        table.data.to_csv(temporary, index=False, float_format="%.10g")
+        numbers = table.data.drop(columns=[name for name in table.data if str(name).endswith(".excerpt")])
+        numbers.to_csv(temporary, index=False, float_format="%.10g")
     write_text(base.with_suffix(".md"), to_markdown(table))
     write_text(base.with_suffix(".tex"), to_latex(table))
     write_text(base.with_suffix(".html"), to_html(table, title or name, directory))
@@ -164,6 +165,9 @@ def to_html(table: Table, title: str, directory: Path | str = ".") -> str:
             text = f'<a href="{html.escape(os.path.relpath(cell.text, directory), quote=True)}">{text}</a>'
         error = f"<small>{html.escape(cell.error)}</small>" if cell.error else ""
         raised = f"<sup>{cell.mark}</sup>" if cell.mark else ""
+        raised += f"<details><summary>log</summary><pre>{html.escape(cell.excerpt)}</pre></details>" * bool(
+            cell.excerpt
+        )
         kind = " class=number" if column.numeric else " class=long" if len(cell.text) > LONG else ""
         head = f' data-head="{html.escape(column.header, quote=True)}"'
         return f"<td{kind}{head}>{f'<b>{text}</b>' if cell.best else text}{error}{raised}</td>"
@@ -259,6 +263,7 @@ class _Cell:
     error: str = ""
     best: bool = False
     mark: str = ""
+    excerpt: str = ""
 
 
 @dataclass(frozen=True)
@@ -292,13 +297,14 @@ def _layout(table: Table) -> _Layout:
         for column in table.columns:
             repeats = column.name in table.blocks and same_block
             error = row.get(f"{column.name}.stderr", math.nan)
-            notes = row.get(f"{column.name}.notes", "")
+            notes, excerpt = row.get(f"{column.name}.notes", ""), row.get(f"{column.name}.excerpt", "")
             cells.append(
                 _Cell(
                     "" if repeats else DASH if pd.isna(row[column.name]) else column.show(row[column.name]),
                     "" if pd.isna(error) else f" ± {(column.error or column.show)(error)}",
                     bool(column.name in best and best[column.name].iloc[position]),
                     ",".join(sorted(marks[note] for note in notes.split())) if isinstance(notes, str) else "",
+                    excerpt if isinstance(excerpt, str) else "",
                 )
             )
         rows.append(cells)
@@ -374,6 +380,8 @@ th, td { padding: .3rem .7rem; text-align: left; vertical-align: top; font-varia
 tr.level td { border-top: 1px solid #c8c8c8; }
 tr.block td { border-top: 1.5px solid #1b1b1b; }
 small { color: #666; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12px; margin: .3rem 0 0; }
+summary { cursor: pointer; color: #666; }
 sup { line-height: 0; }
 p, ul { max-width: 60rem; overflow-wrap: anywhere; }
 @media (max-width: 40rem) {

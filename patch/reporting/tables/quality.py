@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from patch.experiments import UNCOMPRESSED
+from patch.experiments import TASKS, UNCOMPRESSED
 from patch.reporting.published import (
     DENSE_TOLERANCE,
     Note,
@@ -78,7 +78,7 @@ def quality(study: Study, name: str = "accuracy") -> Table:
         blocks=("model",),
         level="sparsity",
         ranked=_at_their_level,
-        warnings=_dense_warnings(table, wanted, theirs),
+        warnings=_dense_warnings(table, wanted),
         missing=reasons(table),
         notes=_footnotes(load_notes(name), theirs.used, bool(theirs.any)),
         empty=NO_CELLS,
@@ -93,31 +93,36 @@ def tasks(study: Study) -> Table:
     then of acc_norm (normalised by the answers' lengths), for the tasks that have it.
     """
     runs = rows_of(study.runs, TABLES["tasks"])
-    table, found = settings(runs), scores(runs)
-    names = tasks_of(found)
+    table, found, notes = settings(runs), scores(runs), load_notes("tasks")
+    comparison = _Comparison(table, found, notes)
+    measured = {metric: tasks_of(found, metric) for metric in ("acc", "acc_norm")}
+    if found.empty and comparison.any:  # nothing ran: what is published shows what to expect
+        measured["acc"] = list(TASKS)
+    names = measured["acc"]
     parts = []
-    for metric in ("acc", "acc_norm"):
+    for metric, own in measured.items():
         part = table.assign(metric=metric)
-        for task in tasks_of(found, metric):
+        for task in own:
             renamed = {f"{metric}.{task}": task, f"{metric}.{task}.stderr": f"{task}.stderr"}
             part = _add(part, found, metric, task).rename(columns=renamed)
-        if tasks_of(found, metric):
+        if own:
             parts.append(part)
-    if parts:
-        parts[1:1] = _published_tasks(parts[0], found, names)
+    theirs = _published_tasks(parts[0], found, names) if parts else []
+    parts[1:1] = theirs
     joined = pd.concat(parts, ignore_index=True) if parts else table.assign(metric="acc")
     order = {model: rank for rank, model in enumerate(table["model"].unique())}
     joined = joined.sort_values("model", key=lambda models: models.map(order), kind="stable", ignore_index=True)
     numbers = [column for task in names for column in (task, f"{task}.stderr") if column in joined]
-    data = joined[[*table.columns, "metric", *numbers]]
+    data, mean = joined[[*table.columns, "metric", *numbers]], ("acc", "mean")
     return Table(
         data,
         [*setting_columns(data), *(Column(t, f"{TASK_TITLES.get(t, t)} ↑", _task_value, best=max) for t in names)],
         blocks=("model", "metric"),
         level="sparsity",
         ranked=lambda rows: _at_their_level(rows) & (rows["metric"] != "Δ acc"),
+        warnings=_dense_warnings(comparison.beside(_add(table, found, *mean), *mean), [mean]),
         missing=reasons(data),
-        notes=_footnotes(load_notes("tasks"), {note.id for note in load_notes("tasks")}, len(parts) > 2),
+        notes=_footnotes(notes, {note.id for note in notes}, bool(theirs)),
         empty=NO_CELLS,
     )
 
@@ -270,11 +275,12 @@ def _published_tasks(acc: pd.DataFrame, found: pd.DataFrame, names: list[str]) -
             theirs.append({**identity, "metric": "published acc", **values})
             gaps = {task: row[task] - value for task, value in values.items()}
             errors = {f"{task}.stderr": row.get(f"{task}.stderr") for task in values}
-            deltas.append({**identity, "metric": "Δ acc", **gaps, **errors})
+            if not all(pd.isna(gap) for gap in gaps.values()):
+                deltas.append({**identity, "metric": "Δ acc", **gaps, **errors})
     return [pd.DataFrame(rows) for rows in (theirs, deltas) if rows]
 
 
-def _dense_warnings(table: pd.DataFrame, wanted: list[tuple[str, str]], theirs: _Comparison) -> list[str]:
+def _dense_warnings(table: pd.DataFrame, wanted: list[tuple[str, str]]) -> list[str]:
     """A line for every dense model that misses its published value: everything below it starts from elsewhere."""
     lines = []
     for row in table[table["method"] == "dense"].to_dict("records"):
