@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +92,29 @@ def test_scores_are_those_of_the_harness(tiny_model, tokenizer, dtype) -> None:
     # batches are not put together alike, so that padding and with it rounding differs
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=tolerance)
+
+
+@pytest.mark.parametrize("add_bos", [None, True, False])
+def test_texts_are_tokenised_together_to_what_the_harness_makes_of_each(
+    tiny_model, tokenizer, monkeypatch, add_bos
+) -> None:
+    """Contexts that end in spaces or are empty, and one that begins with BOS as its answers' texts do."""
+    model = tiny_model(vocab_size=max(256, len(tokenizer)))
+    plain, scorer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1), harness_model(model, tokenizer, 1)
+    plain.add_bos_token = scorer.add_bos_token = add_bos
+    bos = tokenizer.decode(scorer.prefix_token_id)
+    pairs = [("What is it?", " A cat."), ("What is it?", " A dog, or two."), ("It is  ", "late."), ("", "Alone.")]
+    pairs += [(f"{bos}It", " is.")]
+    requests = [SimpleNamespace(args=pair) for pair in pairs]
+    expected = plain.loglikelihood(requests, disable_tqdm=True)
+    one_by_one = []
+    encode = scorer.tokenizer.encode
+    monkeypatch.setattr(
+        scorer.tokenizer, "encode", lambda text, **options: one_by_one.append(text) or encode(text, **options)
+    )
+    found = scorer.loglikelihood(requests)
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=1e-5)
+    assert set(one_by_one) == {"Alone.", f"{bos}It", f"{bos}It is."}
 
 
 def test_one_input_serves_answers_of_several_lengths(tiny_model, tokenizer) -> None:
