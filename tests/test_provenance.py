@@ -49,8 +49,8 @@ def test_comments_docstrings_and_formatting_do_not_change_the_hash(package):
     edit(wanda, '    """|w_ij| * sqrt(a_j)', '    """The score: |w_ij| * sqrt(a_j)')
     edit(
         wanda,
-        "return self.sum_of_squares / self.sequences",
-        "return (self.sum_of_squares\n                / self.sequences)",
+        "return (self.sum_of_squares / self.sequences).float()",
+        "return (self.sum_of_squares\n                / self.sequences).float()",
     )
     assert code_hash("prune") == before
 
