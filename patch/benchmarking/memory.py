@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from patch import inference
 from patch.benchmarking.options import RANDOM
+from patch.benchmarking.replay import synchronize
 from patch.models import prunable_linears
 from patch.provenance import stamp
 from patch.sparsity.maskset import MaskSet
@@ -23,10 +23,10 @@ def measure(source: str, model: PreTrainedModel, masks: MaskSet, mask_name: str 
     total = sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
     names = list(prunable_linears(model))
     dense = _sizes(model, names)
-    _finish(model.device)
+    synchronize(model.device)
     begin = time.perf_counter()
     inference.load(model, masks, fuse=False, tokens=())
-    _finish(model.device)
+    synchronize(model.device)
     seconds = time.perf_counter() - begin
     hybrid = _sizes(model, names)
     before, after = sum(dense.values()), sum(hybrid.values())
@@ -45,11 +45,6 @@ def measure(source: str, model: PreTrainedModel, masks: MaskSet, mask_name: str 
         **stamp(),
         "mask": mask_name,
     }
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _sizes(model: PreTrainedModel, names: list[str]) -> dict[str, int]:

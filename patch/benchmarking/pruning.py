@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from patch.benchmarking.references import REPOSITORIES, Prune, load_reference
+from patch.benchmarking.replay import synchronize
 from patch.benchmarking.shapes import layer_shapes
 from patch.methods import make_method
 from patch.provenance import stamp
@@ -124,14 +125,13 @@ def run(prune: Prune, weight: Tensor, inputs: Tensor, pattern: Pattern, sparsity
     for _ in range(REPEATS + 1):
         gc.collect()
         base = 0
+        synchronize(weight.device)
         if weight.is_cuda:
-            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             base = torch.cuda.memory_allocated()
         start = time.perf_counter()
         new_weight = prune(weight, inputs, pattern, sparsity)
-        if weight.is_cuda:
-            torch.cuda.synchronize()
+        synchronize(weight.device)
         seconds.append(time.perf_counter() - start)
         peak = (torch.cuda.max_memory_allocated() - base) / 2**30 if weight.is_cuda else None
         if seconds[0] > SLOW:
@@ -145,7 +145,7 @@ def forward_seconds(weight: Tensor, inputs: Tensor, kind: type[Statistic] | None
     batches = _batches(inputs)
     seconds = []
     for _ in range(REPEATS + 1):
-        _synchronize(weight)
+        synchronize(weight.device)
         start = time.perf_counter()
         statistic = kind(weight.shape[1], weight.device) if kind else None
         for batch in batches:
@@ -154,7 +154,7 @@ def forward_seconds(weight: Tensor, inputs: Tensor, kind: type[Statistic] | None
             torch.nn.functional.linear(batch, layer)
         for batch in batches:
             torch.nn.functional.linear(batch, layer)
-        _synchronize(weight)
+        synchronize(weight.device)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
 
@@ -162,11 +162,6 @@ def forward_seconds(weight: Tensor, inputs: Tensor, kind: type[Statistic] | None
 def _batches(inputs: Tensor) -> tuple[Tensor, ...]:
     """As many sequences at a time as the driver takes."""
     return inputs.split(max(1, TOKENS_PER_BATCH[inputs.device.type] // inputs.shape[1]))
-
-
-def _synchronize(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
 
 
 def output_norm(weight: Tensor, inputs: Tensor) -> float:

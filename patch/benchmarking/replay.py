@@ -33,6 +33,12 @@ def check_alone() -> None:
         )
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def captured(call: Call, device: torch.device) -> Call:
     """The same call as the replay of a graph, on a GPU. It must work on tensors that stay where they are."""
     if device.type != "cuda":

@@ -26,9 +26,9 @@ from patch.reporting.summary import power_of_ten
 
 DASH = "–"
 LONG = 60
+"""Characters from which a text wraps in LaTeX and HTML."""
 PAGE = 40
 """Rows that surely fit a printed page."""
-"""Characters from which a text wraps in LaTeX and HTML."""
 
 
 @dataclass(frozen=True)
