@@ -63,8 +63,10 @@ def load_slim(checkout: Path, options: Compression) -> Compress:
 
     Its groups are Triton kernels and need a GPU.
     """
-    module, wrapper = _load(checkout, *SLIM), _import(checkout / "slim" / "layerwrapper.py", checkout)
-    return partial(_quietly, partial(_slim, module, wrapper.WrappedGPT, options))
+    with _stand_in_for_triton():
+        module = _load(checkout, *SLIM)
+    statistic = _import(checkout / "slim" / "layerwrapper.py", checkout).WrappedGPT
+    return partial(_quietly, partial(_slim, module, statistic, options))
 
 
 def _sparsegpt(module: Any, weight: Tensor, inputs: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
@@ -100,7 +102,7 @@ def _slim(module: Any, statistic_of: Any, options: Compression, weight: Tensor, 
         "weight", num_bits=4, slim_quant=options.quantiser == "slim_quant", block_quantization=groups,
         block_dim=options.group_size, column_wise_grouping=options.grouping == "inputs",
     )  # fmt: skip
-    layer = _linear(weight)
+    layer: Any = _linear(weight)
     if options.adapter_rank == 0:
         quantised: Tensor = quantiser.dequantize_absmax(quantiser.quantize_weight(layer.weight.data))
         return quantised
@@ -112,7 +114,8 @@ def _slim(module: Any, statistic_of: Any, options: Compression, weight: Tensor, 
         quantizer=quantiser, quantize_first=True,
     )  # fmt: skip
     left, right = (factor.data.float() for factor in (layer.lora_left, layer.lora_right))
-    return layer.weight.data.float().addmm_(right.T, left.T)
+    new_weight: Tensor = layer.weight.data.float()
+    return new_weight.addmm_(right.T, left.T)
 
 
 def _drive(module: Any, driver: str, weight: Tensor, inputs: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
@@ -177,7 +180,7 @@ def _import(file: Path, root: Path) -> Any:
     package = types.ModuleType(f"reference_{checksum_json(str(file))[:8]}")
     package.__path__ = [str(file.parent)]
     sys.modules[package.__name__] = package
-    with _beside(file.parent, root), _stand_in_for_triton():
+    with _beside(file.parent, root):
         return importlib.import_module(f"{package.__name__}.{file.stem}")
 
 
@@ -194,7 +197,7 @@ def _beside(*folders: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stand_in_for_triton() -> Iterator[None]:
-    """Where it is not installed, for modules that define kernels without a need for them."""
+    """Where it is not installed: modules that define kernels can be imported, and do without them what they can."""
     missing = [] if importlib.util.find_spec("triton") else ["triton", "triton.language"]
     sys.modules.update({name: mock.MagicMock() for name in missing})
     try:
