@@ -17,12 +17,11 @@ from torch import Tensor
 
 from patch.benchmarking.contenders import batches, compared, output_norm, random_layer, rounded, run
 from patch.benchmarking.pruning import prune
-from patch.benchmarking.references import load_slim
+from patch.benchmarking.references import load_slim, slim_obstacle
 from patch.benchmarking.shapes import layer_shapes
 from patch.compression.compress import TWO_FOUR, compress_weight
 from patch.compression.options import Compression
 from patch.compression.quantisation import quantise
-from patch.kernels import runs_triton
 from patch.methods import Wanda
 from patch.provenance import stamp
 from patch.pruning.wanda import InputNorm, WandaPruner
@@ -39,20 +38,23 @@ def measure(
     """Rows of results/reference/compression.csv, one for each different layer of the shape.
 
     shape: one of SHAPES, or a single layer as OUTxIN. checkout: of SLiM; the reference's columns are empty without, and
-    without a GPU where it would quantise groups. code_agreement is the share of weights to which both give the same
+    where its quantiser cannot run. code_agreement is the share of weights to which both give the same
     4-bit code; empty with adapters, which differ in every number. relative_output_error is ||X (W' - W)|| of ours
-    divided by that of the reference, adapters included in W', so at most 1 is good.
+    divided by that of the reference, adapters included in W', so at most 1 is good. With slim_quant and adapters it may
+    be a per cent off 1 in either direction: where the weights beside them are clipped depends on their last bits.
     """
-    theirs_too = load_slim(checkout, options) if checkout else None
+    reference = load_slim(checkout, options) if checkout else None
     for out_features, in_features in layer_shapes(shape):
+        if options.adapter_rank:
+            TWO_FOUR.check_shape(out_features, in_features, shape)
         weight, inputs = random_layer(out_features, in_features, samples, length, device)
         mask = _mask(weight, inputs, options)
         ours = run(partial(_ours, options, weight, mask, inputs), device)
         theirs = None
-        if theirs_too and options.quantiser == "group_absmax" and not runs_triton(weight):
-            log.warning("SLiM quantises groups by Triton kernels: not timed without a GPU.")
-        elif theirs_too:
-            theirs = run(partial(theirs_too, weight, mask.keep_mask(), inputs), device)
+        if reference and (obstacle := slim_obstacle(weight, options)):
+            log.warning("SLiM is not timed: %s", obstacle)
+        elif reference:
+            theirs = run(partial(reference, weight, mask.keep_mask(), inputs), device)
         row: dict[str, Any] = {
             "quantiser": options.quantiser,
             "adapter_rank": options.adapter_rank,

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from patch.artefacts import PatchError, checksum_json
 from patch.compression.options import Compression
+from patch.kernels import runs_triton
 from patch.methods import ProxSparse
 from patch.sparsity.patterns import Pattern
 
@@ -59,14 +60,22 @@ def load_reference(method: str, checkout: Path) -> Prune:
 
 
 def load_slim(checkout: Path, options: Compression) -> Compress:
-    """SLiM, of which `options` choose quantiser, groups and rank. Raises PatchError for another checkout.
-
-    Its groups are Triton kernels and need a GPU.
-    """
+    """SLiM, of which `options` choose quantiser, groups and rank. Raises PatchError for another checkout."""
     with _stand_in_for_triton():
         module = _load(checkout, *SLIM)
     statistic = _import(checkout / "slim" / "layerwrapper.py", checkout).WrappedGPT
     return partial(_quietly, partial(_slim, module, statistic, options))
+
+
+def slim_obstacle(weight: Tensor, options: Compression) -> str:
+    """Why SLiM cannot quantise this weight; empty where it can."""
+    if options.quantiser != "group_absmax":
+        return ""
+    if not runs_triton(weight):
+        return "its groups are Triton kernels, which need a GPU."
+    if any(size % options.group_size for size in weight.shape):
+        return f"its groups of {options.group_size} do not divide {weight.shape[0]} x {weight.shape[1]}."
+    return ""
 
 
 def _sparsegpt(module: Any, weight: Tensor, inputs: Tensor, pattern: Pattern, sparsity: float) -> Tensor:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from patch.artefacts import PatchError
 from patch.benchmarking.compression import measure
 from patch.benchmarking.contenders import output_norm, random_layer
+from patch.benchmarking.references import slim_obstacle
 from patch.cli import benchmark
 from patch.compression.compress import compress_weight
 from patch.compression.options import Compression
@@ -143,10 +144,21 @@ def test_triton_is_stood_in_for_only_while_it_is_imported(checkout: Path) -> Non
     assert importlib.util.find_spec("triton") is None
 
 
-def test_groups_of_the_reference_need_a_gpu(checkout: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_groups_of_the_reference_need_a_gpu_and_sizes_that_divide(
+    checkout: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = row(checkout, quantiser="group_absmax")
     assert found["reference_s"] is found["code_agreement"] is None
-    assert "SLiM quantises groups by Triton kernels: not timed without a GPU" in caplog.text
+    assert "SLiM is not timed: its groups are Triton kernels, which need a GPU" in caplog.text
+    monkeypatch.setattr("patch.benchmarking.references.runs_triton", lambda weight: True)
+    assert row(checkout, quantiser="group_absmax")["reference_s"] is None
+    assert "SLiM is not timed: its groups of 128 do not divide 12 x 16" in caplog.text
+    assert slim_obstacle(torch.empty(128, 256), Compression()) == ""
+
+
+def test_adapters_need_inputs_in_fours() -> None:
+    with pytest.raises(PatchError, match=r"layer 8x10 \(8x10\): 10 inputs do not split into 4s"):
+        list(measure("8x10", Compression(adapter_rank=0.5), None, samples=1, length=4, device=CPU))
 
 
 @pytest.mark.parametrize("rank", [0, 0.25])
