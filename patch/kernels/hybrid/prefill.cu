@@ -145,8 +145,7 @@ __device__ void compute(const Task& task, const CUtensorMap& y, uint32_t ring, C
                 wgmma_commit();
                 wgmma_wait();
             }
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * stage);
+            barrier_arrive(empty + 8 * stage);  // every lane, for what it has read itself
         }
         store<T>(task, y, d, piece.tile_row * TILE_ROWS + 64 * group, piece.token_tile * TOKENS, memory, group);
     }
@@ -162,7 +161,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             barrier_init(shared_address(control->full + stage), 1);
-            barrier_init(shared_address(control->empty + stage), CONSUMERS / 32);
+            barrier_init(shared_address(control->empty + stage), CONSUMERS);
         }
         barrier_init_fence();
     }
