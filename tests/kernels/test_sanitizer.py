@@ -34,8 +34,10 @@ CASES = [
     ((256, 64), 0.5, (33, 128)),
     ((300, 264), 0.0, (5, 40)),
     ((128, 512), 0.5, (8,)),
+    ((1024, 16384), 0.25, (128,)),
 ]
-"""Shape, share of pruned weights, numbers of tokens: ragged edges, all-2:4 and all-dense rows, odd token counts."""
+"""Shape, share of pruned weights, numbers of tokens: ragged edges, all-2:4 and all-dense rows, odd token counts; and so
+many columns that the kernels' memory for tiles is used over and over."""
 
 
 def run_kernels() -> None:

@@ -120,31 +120,48 @@ __device__ void store(const Task& task, const CUtensorMap& y, const float (&d)[T
     }
 }
 
+// What a step needs to know of its tile. Both groups multiply in step, so the tensor cores would wait while it is read:
+// it is read while they work on the step before.
+struct Tile {
+    uint32_t kind, metadata;
+};
+
 template <typename T>
 __device__ void compute(const Task& task, const CUtensorMap& y, uint32_t ring, Control* control, int pieces, int group) {
     const uint32_t full = shared_address(control->full), empty = shared_address(control->empty);
     const uint32_t memory = ring + STAGES * STEP_BYTES + group * STORE_BYTES;
+    const int steps = (pieces - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x) * task.columns;
+    const auto look_at = [&](int step) -> Tile {
+        if (step >= steps) return {};
+        const int stage = step % STAGES;
+        barrier_wait(full + 8 * stage, step / STAGES & 1);
+        return {control->kinds[stage], metadata_of(ring + stage * STEP_BYTES, 64 * group)};  // none if it is dense
+    };
+    // 0, unknown to ptxas: a register that wgmma reads must be written outside of the products, else they run one by one
+    const uint32_t zero = uint32_t(task.tokens) >> 31;
     int step = 0;
+    Tile now = look_at(step), next;
     for (int index = blockIdx.x; index < pieces; index += gridDim.x) {
         const Piece piece = piece_of(task, index);
         float d[TOKENS / 2] = {};
         for (int column = 0; column < task.columns; ++column, ++step) {
             const int stage = step % STAGES;
-            barrier_wait(full + 8 * stage, step / STAGES & 1);
-            const uint32_t tile = ring + stage * STEP_BYTES, kind = control->kinds[stage];
+            const uint32_t tile = ring + stage * STEP_BYTES;
             const uint64_t b = operand_of_128_byte_rows(tile + DENSE_BYTES);
-            if (kind & SPARSE_BIT) {
-                const uint32_t metadata = metadata_of(tile, 64 * group);
+            if (now.kind & SPARSE_BIT) {
                 wgmma_begin();
-                multiply_sparse<T, TOKENS>(d, tile, 64 * group, b, metadata);
+                multiply_sparse<T, TOKENS>(d, tile, 64 * group, b, now.metadata);
                 wgmma_commit();
+                next = look_at(step + 1);
                 wgmma_wait();
             } else {
                 wgmma_begin();
                 multiply_dense<T, TOKENS>(d, tile, 64 * group, b);
                 wgmma_commit();
+                next = look_at(step + 1);
                 wgmma_wait();
             }
+            now = {next.kind, next.metadata ^ zero};
             barrier_arrive(empty + 8 * stage);  // every lane, for what it has read itself
         }
         store<T>(task, y, d, piece.tile_row * TILE_ROWS + 64 * group, piece.token_tile * TOKENS, memory, group);
