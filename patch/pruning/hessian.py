@@ -13,7 +13,7 @@ from torch import Tensor
 from patch.artefacts import PatchError
 
 DAMPING_RETRIES = 4
-STRIP, TOKENS = 1024, 4096
+STRIP, TOKENS, TOKENS_OF_16_BITS = 1024, 4096, 16384
 DOUBLE = 2048
 """Inputs up to which sums on a CPU are in float64: it is cheap there, and masks do not turn with the order of sums."""
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Hessian:
     """H = 2/n * sum of x x^T over the tokens of n sequences, [in_features, in_features] of `sum_dtype`.
 
     Symmetric: only what lies right of the diagonal, in strips of STRIP rows, is computed and read. TOKENS are in
-    that dtype at a time; on a GPU those of 16 bits are multiplied as they are.
+    that dtype at a time; on a GPU those of 16 bits are multiplied as they are, TOKENS_OF_16_BITS at a time.
     """
 
     def __init__(self, in_features: int, device: torch.device):
@@ -38,15 +38,15 @@ class Hessian:
         self._damping = 0.0
 
     def add(self, inputs: Tensor) -> None:
-        for part in inputs.reshape(-1, inputs.shape[-1]).split(TOKENS):
-            # Tensor cores multiply 16-bit numbers exactly and add them up in float32, many times as fast as float32.
-            exact = part.is_cuda and part.dtype in (torch.bfloat16, torch.float16)
+        # Tensor cores multiply 16-bit numbers exactly and add them up in float32, many times as fast as float32.
+        exact = inputs.is_cuda and inputs.dtype in (torch.bfloat16, torch.float16)
+        for part in inputs.reshape(-1, inputs.shape[-1]).split(TOKENS_OF_16_BITS if exact else TOKENS):
             tokens = part if exact else part.to(self.sum.dtype)
             for start in range(0, len(self.sum), STRIP):
                 rows, columns = tokens[:, start : start + STRIP].T, tokens[:, start:]
                 strip = self.sum[start : start + STRIP, start:]
                 if exact:
-                    strip.add_(torch.mm(rows, columns, out_dtype=torch.float32))
+                    torch.addmm(strip, rows, columns, out_dtype=torch.float32, out=strip)
                 else:
                     strip.addmm_(rows, columns)
         self.sequences += inputs.shape[0] if inputs.dim() > 2 else 1

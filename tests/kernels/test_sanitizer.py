@@ -23,7 +23,7 @@ import torch
 from patch.benchmarking.shapes import random_mask
 from patch.kernels import runs_triton
 from patch.kernels.attention import decode_attention
-from patch.kernels.hybrid import decode, pack, prefill, supports
+from patch.kernels.hybrid import HybridWeight, decode, pack, prefill, supports
 
 KERNELS = ("decode", "prefill", "_attend", "_combine", "_matmul", "_unpack")
 """Parts of their names: CUDA C++ ones, and the Triton kernels of attention and of hybrid weights."""
@@ -36,16 +36,22 @@ CASES = [
     ((128, 512), 0.5, (8,)),
 ]
 """Shape, share of pruned weights, numbers of tokens: ragged edges, all-2:4 and all-dense rows, odd token counts."""
+DEEP = (1024, 16384)
+"""So many tiles for every block that decode uses its memory for them over and over."""
 
 
 def run_kernels() -> None:
     from patch.kernels.hybrid import triton_matmul  # here: pytest reads this file on machines without Triton
 
-    for shape, share, counts in CASES:
-        generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+
+    def packed(shape: tuple[int, int], share: float) -> HybridWeight:
         weight = torch.randn(shape, generator=generator).bfloat16()
         mask = random_mask(weight, share, (128, 64), generator)
-        hybrid = pack(weight.cuda(), mask.keep_mask().cuda())
+        return pack(weight.cuda(), mask.keep_mask().cuda())
+
+    for shape, share, counts in CASES:
+        hybrid = packed(shape, share)
         bias = torch.randn(shape[0], generator=generator).bfloat16().cuda()
         for tokens in counts:
             x = torch.randn(tokens, shape[1], generator=generator).bfloat16().cuda()
@@ -57,6 +63,7 @@ def run_kernels() -> None:
             assert triton_matmul.matmul(x, hybrid).isfinite().all()
             assert triton_matmul.matmul(x, hybrid, bias).isfinite().all()
         assert triton_matmul.unpack(hybrid).isfinite().all()
+    assert decode(torch.randn(128, DEEP[1], device="cuda").bfloat16(), packed(DEEP, 0.25)).isfinite().all()
     for heads, key_heads, length in ((4, 4, 70), (8, 2, 600)):
         query, keys, values = (
             torch.randn(1, count, size, 64, device="cuda").bfloat16()

@@ -173,7 +173,7 @@ def test_numbers() -> None:
     assert [plain(2)(value) for value in (0.004, 99999.0, 4.17e9, 1e12)] == ["0.00", "99999.00", "4.2e9", "1.0e12"]
     errors = [two_digits(value) for value in (248.99, 12.88, 2.73, 0.996, 0.0312, 0.0, 1.8e10)]
     assert errors == ["249", "13", "2.7", "1.00", "0.031", "0.0", "1.8e10"]
-    assert (signed(-0.001), signed(1.239), signed(-2.0)) == ("+0.00", "+1.24", "−2.00")
+    assert [signed(value) for value in (-0.001, 1.239, -2.0, -2.07e8)] == ["+0.00", "+1.24", "−2.00", "−2.1e8"]
     assert (p_value(0.0004), p_value(0.0354)) == ("<0.001", "0.035")
 
 

@@ -37,7 +37,7 @@ struct Control {
     __device__ void init() {  // by one thread
         for (int slot = 0; slot < SLOTS; ++slot) {
             barrier_init(shared_address(full + slot), 1);
-            barrier_init(shared_address(empty + slot), CONSUMERS / 32);
+            barrier_init(shared_address(empty + slot), CONSUMERS);
         }
         barrier_init_fence();
     }
@@ -137,8 +137,7 @@ __device__ inline void multiply(float (&d)[ROWS][N / 2], uint32_t ring, const Co
 
 template <int ROWS>
 __device__ inline void release(Control<ROWS>* control, int slot) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(control->empty + slot));
+    barrier_arrive(shared_address(control->empty + slot));  // every lane, for what it has read itself
 }
 
 // Sums that several blocks have a part of: each leaves its own in float32, in `slot`; the last to arrive adds up those of

@@ -51,6 +51,25 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
         : "memory");
 }
 
+// ---- clusters
+
+// Where the other block `rank` of the cluster has what is at `address` here.
+__device__ inline uint32_t address_in_block(uint32_t address, uint32_t rank) {
+    uint32_t there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+
+// To say that what the other block may write over has been read; `barrier` as of address_in_block. Not of cluster scope:
+// ptxas would have everything that was written reach the L2 cache first, which takes longer than a product.
+__device__ inline void barrier_arrive_there(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ inline void cluster_sync() {  // __syncthreads of all its blocks
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
 template <int THREADS>
 __device__ inline void named_barrier(int id) {  // __syncthreads of some of the warps
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
@@ -80,6 +99,16 @@ __device__ inline void copy_box(uint32_t to, const CUtensorMap& map, int column,
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
         "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
         "l"(&map), "r"(column), "r"(row), "r"(barrier), "l"(EVICT_LAST)
+        : "memory");
+}
+
+// Likewise, to the same place in the shared memory of the first BLOCKS blocks of the cluster; all their barriers hear of it.
+template <int BLOCKS>
+__device__ inline void copy_box_to_all(uint32_t to, const CUtensorMap& map, int column, int row, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+        "[%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
+        "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(uint16_t((1 << BLOCKS) - 1)), "l"(EVICT_LAST)
         : "memory");
 }
 

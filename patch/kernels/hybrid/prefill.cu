@@ -6,12 +6,15 @@
 //
 //       step of the ring, 48 KiB:    | tile of W, 16 KiB | x [256 tokens, 64 columns], 32 KiB |
 //
-// Blocks stay, and take every so-manieth piece of work; the rows of W with most dense tiles come first, so that blocks
+// Two blocks, a cluster, work on the same tokens and on rows of tiles with about as many dense ones. Each reads half of x
+// for both: what the L2 cache gives in a step bounds the kernel, not what the tensor cores multiply.
+//
+// Clusters stay, and take every so-manieth piece of work; the rows of W with most dense tiles come first, so that those
 // that run at the same time have about equal work. Results leave through shared memory, transposed to rows of tokens.
 
 #include "hopper.cuh"
 
-constexpr int TOKENS = 256, GROUPS = 2, CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 128, STAGES = 4;
+constexpr int TOKENS = 256, BLOCKS = 2, GROUPS = 2, CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 128, STAGES = 4;
 constexpr uint32_t STEP_BYTES = DENSE_BYTES + TOKENS * TILE_COLUMNS * 2;
 constexpr int STORED_TOKENS = 128;  // at a time, by each group: rows of 64 outputs, 128 bytes
 constexpr uint32_t STORE_BYTES = STORED_TOKENS * 128;
@@ -36,24 +39,33 @@ struct Piece {
     int tile_row, token_tile;
 };
 
-// Piece number `index`.
-__device__ inline Piece piece_of(const Task& task, int index) {
-    const int token_tiles = (task.tokens + TOKENS - 1) / TOKENS;
-    const int batch = index / (task.tile_rows * TOKEN_TILES_AT_ONCE), first = batch * TOKEN_TILES_AT_ONCE;
-    const int width = min(TOKEN_TILES_AT_ONCE, token_tiles - first), place = index - first * task.tile_rows;
-    return {task.order[place / width], first + place % width};
-}
+struct Work {  // of a cluster: pieces number `first`, first + `step` and so on
+    int first, step, pieces, pairs;
 
-__device__ void load(const Task& task, const CUtensorMap& x, uint32_t ring, Control* control, int pieces) {
+    __device__ Work(const Task& task)
+        : first(blockIdx.x / BLOCKS), step(gridDim.x / BLOCKS), pairs((task.tile_rows + BLOCKS - 1) / BLOCKS) {
+        pieces = pairs * ((task.tokens + TOKENS - 1) / TOKENS);
+    }
+
+    // This block's part of a piece; the second block of the last pair may have a row below the last one.
+    __device__ Piece piece(const Task& task, int index) const {
+        const int token_tiles = (task.tokens + TOKENS - 1) / TOKENS;
+        const int batch = index / (pairs * TOKEN_TILES_AT_ONCE), first = batch * TOKEN_TILES_AT_ONCE;
+        const int width = min(TOKEN_TILES_AT_ONCE, token_tiles - first), place = index - first * pairs;
+        const int row = place / width * BLOCKS + int(blockIdx.x % BLOCKS);
+        return {row < task.tile_rows ? task.order[row] : task.tile_rows, first + place % width};
+    }
+};
+
+__device__ void load(const Task& task, const CUtensorMap& x, uint32_t ring, Control* control, const Work& work) {
     const uint32_t full = shared_address(control->full), empty = shared_address(control->empty);
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32, half = blockIdx.x % BLOCKS * (TOKENS / BLOCKS);
     int step = 0;
-    for (int index = blockIdx.x; index < pieces; index += gridDim.x) {
-        const Piece piece = piece_of(task, index);
+    for (int index = work.first; index < work.pieces; index += work.step) {
+        const Piece piece = work.piece(task, index);
         const int* descriptors = task.descriptors + size_t(piece.tile_row) * task.columns;
-        const auto batch = [&](int from) {
-            return from + lane < task.columns ? uint32_t(descriptors[from + lane]) : NO_TILE;
-        };
+        const int columns = piece.tile_row < task.tile_rows ? task.columns : 0;
+        const auto batch = [&](int from) { return from + lane < columns ? uint32_t(descriptors[from + lane]) : NO_TILE; };
         uint32_t held = batch(0), next = batch(32);
         for (int column = 0; column < task.columns; ++column, ++step) {
             if (column && column % 32 == 0) {
@@ -67,8 +79,9 @@ __device__ void load(const Task& task, const CUtensorMap& x, uint32_t ring, Cont
             const uint32_t tile = ring + stage * STEP_BYTES, bytes = tile_bytes(descriptor);
             control->kinds[stage] = descriptor;
             barrier_arrive_expect(full + 8 * stage, bytes + TOKENS * TILE_COLUMNS * 2);
-            copy_bytes(tile, tile_address(task.payload, descriptor), bytes, full + 8 * stage, EVICT_NORMAL);
-            copy_box(tile + DENSE_BYTES, x, column * TILE_COLUMNS, piece.token_tile * TOKENS, full + 8 * stage);
+            if (bytes) copy_bytes(tile, tile_address(task.payload, descriptor), bytes, full + 8 * stage, EVICT_NORMAL);
+            copy_box_to_all<BLOCKS>(tile + DENSE_BYTES + half * TILE_COLUMNS * 2, x, column * TILE_COLUMNS,
+                                    piece.token_tile * TOKENS + half, full + 8 * stage);
         }
     }
 }
@@ -120,33 +133,52 @@ __device__ void store(const Task& task, const CUtensorMap& y, const float (&d)[T
     }
 }
 
+// What a step needs to know of its tile. Both groups multiply in step, so the tensor cores would wait while it is read:
+// it is read while they work on the step before.
+struct Tile {
+    uint32_t kind, metadata;
+};
+
 template <typename T>
-__device__ void compute(const Task& task, const CUtensorMap& y, uint32_t ring, Control* control, int pieces, int group) {
+__device__ void compute(const Task& task, const CUtensorMap& y, uint32_t ring, Control* control, const Work& work,
+                        int group) {
     const uint32_t full = shared_address(control->full), empty = shared_address(control->empty);
     const uint32_t memory = ring + STAGES * STEP_BYTES + group * STORE_BYTES;
+    const uint32_t others_empty = address_in_block(empty, blockIdx.x % BLOCKS ^ 1);
+    const int steps = (work.pieces - work.first + work.step - 1) / work.step * task.columns;
+    const auto look_at = [&](int step) -> Tile {
+        if (step >= steps) return {};
+        const int stage = step % STAGES;
+        barrier_wait(full + 8 * stage, step / STAGES & 1);
+        return {control->kinds[stage], metadata_of(ring + stage * STEP_BYTES, 64 * group)};  // none if it is dense
+    };
+    // 0, unknown to ptxas: a register that wgmma reads must be written outside of the products, else they run one by one
+    const uint32_t zero = uint32_t(task.tokens) >> 31;
     int step = 0;
-    for (int index = blockIdx.x; index < pieces; index += gridDim.x) {
-        const Piece piece = piece_of(task, index);
+    Tile now = look_at(step), next;
+    for (int index = work.first; index < work.pieces; index += work.step) {
+        const Piece piece = work.piece(task, index);
         float d[TOKENS / 2] = {};
         for (int column = 0; column < task.columns; ++column, ++step) {
             const int stage = step % STAGES;
-            barrier_wait(full + 8 * stage, step / STAGES & 1);
-            const uint32_t tile = ring + stage * STEP_BYTES, kind = control->kinds[stage];
+            const uint32_t tile = ring + stage * STEP_BYTES;
             const uint64_t b = operand_of_128_byte_rows(tile + DENSE_BYTES);
-            if (kind & SPARSE_BIT) {
-                const uint32_t metadata = metadata_of(tile, 64 * group);
+            if (now.kind & SPARSE_BIT) {
                 wgmma_begin();
-                multiply_sparse<T, TOKENS>(d, tile, 64 * group, b, metadata);
+                multiply_sparse<T, TOKENS>(d, tile, 64 * group, b, now.metadata);
                 wgmma_commit();
+                next = look_at(step + 1);
                 wgmma_wait();
             } else {
                 wgmma_begin();
                 multiply_dense<T, TOKENS>(d, tile, 64 * group, b);
                 wgmma_commit();
+                next = look_at(step + 1);
                 wgmma_wait();
             }
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * stage);
+            now = {next.kind, next.metadata ^ zero};
+            barrier_arrive(empty + 8 * stage);  // every lane, for what it has read itself
+            if (threadIdx.x % 32 == 0) barrier_arrive_there(others_empty + 8 * stage);  // x has been read
         }
         store<T>(task, y, d, piece.tile_row * TILE_ROWS + 64 * group, piece.token_tile * TOKENS, memory, group);
     }
@@ -154,7 +186,7 @@ __device__ void compute(const Task& task, const CUtensorMap& y, uint32_t ring, C
 }
 
 template <typename T>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __cluster_dims__(BLOCKS) __launch_bounds__(THREADS, 1)
     prefill(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap y, const Task task) {
     extern __shared__ __align__(1024) uint8_t ring_memory[];
     const uint32_t ring = shared_address(ring_memory);
@@ -162,21 +194,21 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             barrier_init(shared_address(control->full + stage), 1);
-            barrier_init(shared_address(control->empty + stage), CONSUMERS / 32);
+            barrier_init(shared_address(control->empty + stage), CONSUMERS + (BLOCKS - 1) * CONSUMERS / 32);
         }
         barrier_init_fence();
     }
-    __syncthreads();
-    const int pieces = task.tile_rows * ((task.tokens + TOKENS - 1) / TOKENS);
+    cluster_sync();
+    const Work work(task);
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (group == GROUPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x / 32 == CONSUMERS / 32) load(task, x, ring, control, pieces);
+        if (threadIdx.x / 32 == CONSUMERS / 32) load(task, x, ring, control, work);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        compute<T>(task, y, ring, control, pieces, group);
+        compute<T>(task, y, ring, control, work, group);
     }
-    __syncwarp();  // results do not need it, but without it ptxas makes other loops than those that were measured
+    cluster_sync();  // the other block may still write here
 }
 
 struct Launch {
@@ -190,7 +222,7 @@ struct Launch {
 template <typename T>
 const char* launch(const Task& task, const Launch& how) {
     CUtensorMap x, y;
-    if (const char* error = describe_matrix<T>(&x, how.x, task.tokens, how.in_features, how.x_stride, TOKENS))
+    if (const char* error = describe_matrix<T>(&x, how.x, task.tokens, how.in_features, how.x_stride, TOKENS / BLOCKS))
         return error;
     if (const char* error =
             describe_matrix<T>(&y, how.y, task.tokens, task.out_features, task.out_features, STORED_TOKENS))
@@ -199,7 +231,7 @@ const char* launch(const Task& task, const Launch& how) {
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
     if (status != cudaSuccess) return cudaGetErrorString(status);
     cudaLaunchConfig_t config = {};
-    config.gridDim = how.blocks;
+    config.gridDim = how.blocks / BLOCKS * BLOCKS;
     config.blockDim = THREADS;
     config.dynamicSmemBytes = SHARED_BYTES;
     config.stream = how.stream;

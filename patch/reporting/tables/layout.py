@@ -220,8 +220,8 @@ def two_digits(error: float) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference, with its sign and two decimals."""
-    return f"{round(value, 2) + 0.0:+.2f}".replace("-", "−")  # + 0.0 turns a negative zero into zero
+    """A difference, with its sign, else as `plain` with two decimals."""
+    return ("−" if round(value, 2) < 0 else "+") + plain(2)(abs(value))
 
 
 def p_value(value: float) -> str:
