@@ -169,38 +169,81 @@ def pruning(
         list[str] | None,
         typer.Option(help="A shape of `benchmark learning`, or a layer OUTxIN. Default: qwen2.5-0.5b and llama-2-7b."),
     ] = None,
-    method: Annotated[list[str] | None, typer.Option(help="A one-shot method; repeat for more. Default: all.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="A one-shot method, or proxsparse; repeat for more. Default: all.")
+    ] = None,
     pattern: Annotated[
-        list[str] | None, typer.Option(help="N:M or unstructured; repeat for more. Default: 2:4 and unstructured.")
+        list[str] | None,
+        typer.Option(help="N:M or unstructured; repeat for more. Default: those of 2:4 and unstructured it can make."),
     ] = None,
     sparsity: Annotated[float, typer.Option(help="Percent to prune, for patterns that do not fix it.")] = 50.0,
     wanda: Annotated[Path | None, typer.Option(help="Checkout of locuslab/wanda to time too.")] = None,
     sparsegpt: Annotated[Path | None, typer.Option(help="Checkout of IST-DASLab/sparsegpt to time too.")] = None,
     thanos: Annotated[Path | None, typer.Option(help="Checkout of vectozavr/thanos to time too.")] = None,
+    proxsparse: Annotated[Path | None, typer.Option(help="Checkout of amazon-science/ProxSparse to time too.")] = None,
     samples: CalibrationSamples = 128,
     length: Length = 2048,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
-    """One-shot pruning of single layers beside the reference implementations: time, memory, masks, output errors."""
+    """Pruning of single layers beside the reference implementations: time, memory, masks, output errors."""
     import torch
 
-    from patch.benchmarking.pruning import measure
+    from patch.benchmarking.pruning import makes, measure
     from patch.benchmarking.references import REPOSITORIES
     from patch.sparsity.patterns import Pattern
 
     use_threads(threads)
-    given = {"wanda": wanda, "sparsegpt": sparsegpt, "thanos": thanos}
+    given = {"wanda": wanda, "sparsegpt": sparsegpt, "thanos": thanos, "proxsparse": proxsparse}
     checkouts = {name: path for name, path in given.items() if path}
     for layer in shape or ["qwen2.5-0.5b", "llama-2-7b"]:
         for name in method or REPOSITORIES:
-            for text in pattern or ["2:4", "unstructured"]:
+            usual = [text for text in ("2:4", "unstructured") if makes(name, Pattern.parse(text))]
+            for text in pattern or usual:
                 parsed = Pattern.parse(text)
                 share = sparsity / 100 if parsed.fixed_sparsity is None else parsed.fixed_sparsity
                 for row in measure(
                     layer, name, parsed, share, checkouts,
                     samples=samples, length=length, device=torch.device(device_name(device)),
                 ):  # fmt: skip
+                    _add_row(output, row)
+
+
+@app.command("compression")
+def compression(
+    output: RowsFile,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="A shape of `benchmark learning`, or a layer OUTxIN. Default: qwen2.5-0.5b and llama-2-7b."),
+    ] = None,
+    quantiser: Annotated[
+        list[str] | None,
+        typer.Option(help="slim_quant, group_absmax or absmax; repeat for more. Default: the first two."),
+    ] = None,
+    rank: Annotated[
+        str, typer.Option(help="Of adapters beside 2:4 weights, as a share; 0: all weights quantised, none pruned.")
+    ] = "0,0.1",
+    slim: Annotated[Path | None, typer.Option(help="Checkout of Paramathic/slim to time too.")] = None,
+    samples: CalibrationSamples = 128,
+    length: Length = 2048,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """4-bit weights and adapters of single layers beside SLiM's own code: time, memory, codes, output errors."""
+    import torch
+
+    from patch.benchmarking.compression import measure
+    from patch.compression.options import make_compression
+
+    use_threads(threads)
+    ranks = parse_numbers("--rank", rank)
+    for layer in shape or ["qwen2.5-0.5b", "llama-2-7b"]:
+        for name in quantiser or ["slim_quant", "group_absmax"]:
+            for share in ranks:
+                options = make_compression({"quantiser": name, "adapter_rank": share})
+                for row in measure(
+                    layer, options, slim, samples=samples, length=length, device=torch.device(device_name(device))
+                ):
                     _add_row(output, row)
 
 

@@ -101,14 +101,14 @@ def compress_weight(
     quantised = quantise(weight if options.order == "quantise_first" else weight * keep, options)
     if rank == 0:
         return CompressedLinear(StoredMatrix.quantised(quantised, mask))
-    error = weight.float() - quantised.dequantise() * keep
+    error = weight.float() - quantised.dequantise().mul_(keep)
     left, right = low_rank(error, norms, rank)
     kept = None
     if options.adapter_sparsity == "2:4":
         left, right, kept = prune_left(left, right, norms, layer)
     stored = _store_factors(left, right, kept, options)
     left_t, right = (factor.dense(torch.float32, weight.device) for factor in stored)
-    residual = ((weight.float() - right.T @ left_t) * keep).to(weight.dtype)
+    residual = (weight.float() - right.T @ left_t).mul_(keep).to(weight.dtype)
     return CompressedLinear(StoredMatrix.quantised(quantise(residual, options), mask), *stored)
 
 

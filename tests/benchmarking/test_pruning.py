@@ -1,19 +1,25 @@
-"""The benchmark of one-shot methods, with stand-ins for the reference checkouts that have their interfaces."""
+"""The benchmark of pruning methods, with stand-ins for the reference checkouts that have their interfaces."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from patch.artefacts import PatchError
-from patch.benchmarking.pruning import forward_seconds, measure, output_norm, random_layer
+from patch.benchmarking.contenders import output_norm, random_layer
+from patch.benchmarking.pruning import forward_seconds, measure
 from patch.benchmarking.shapes import layer_shapes
+from patch.cli import benchmark
+from patch.kernels.proximal import proximal_
 from patch.pruning.wanda import InputNorm
 from patch.sparsity.patterns import Pattern
 
 CPU = torch.device("cpu")
+PATTERNS = ("2:4", "unstructured")
 COLUMNS = [
     "method", "pattern", "out_features", "in_features", "ours_s", "reference_s", "speedup", "ours_peak_gib",
     "reference_peak_gib", "mask_agreement", "relative_output_error", "gpu", "torch", "commit", "date",
@@ -53,6 +59,21 @@ def prune_wanda(args, model, tokenizer, device, prune_n=0, prune_m=0):
     dropped = scores.unflatten(1, (-1, prune_m)).argsort(-1)[..., :prune_n]
     layer.weight.data.unflatten(1, (-1, prune_m)).scatter_(2, dropped, 0)
 """
+# Makes the 2 smallest of every 4 exactly 0, which the operator does with few weights of this size.
+PROXSPARSE = """
+import torch
+
+def prox_op(weight_matrix, lambda_=0.1):
+    assert lambda_ == 0.85
+    groups = weight_matrix.view(-1, 4)
+    smallest = groups.abs().topk(2, dim=1, largest=False).indices
+    return groups.scatter(1, smallest, 0.0).view_as(weight_matrix)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patch.benchmarking.contenders.REPEATS", 0)
 
 
 @pytest.fixture
@@ -62,11 +83,12 @@ def checkouts(tmp_path: Path) -> dict[str, Path]:
         "sparsegpt/quant.py": "SETTINGS = 'loud'",
         "wanda/lib/prune.py": WANDA,
         "wanda/lib/layers.py": "def find_layers(block): return list(block.children())",
+        "proxsparse/end-to-end/prox_op.py": PROXSPARSE,
     }
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
-    return {"sparsegpt": tmp_path / "sparsegpt", "wanda": tmp_path / "wanda"}
+    return {name: tmp_path / name for name in ("sparsegpt", "wanda", "proxsparse")}
 
 
 def rows(method: str, checkouts: dict[str, Path], pattern: str = "2:4") -> list[dict[str, object]]:
@@ -90,6 +112,42 @@ def test_other_masks_do_not_and_dense_rows_of_the_reference_do_not_count(checkou
     assert 0.3 < row["mask_agreement"] < 0.7
     assert row["relative_output_error"] < 1
     assert capsys.readouterr().out == ""
+
+
+def test_the_proximal_operator_is_compared_by_the_zeros_it_makes(checkouts):
+    (row,) = rows("proxsparse", checkouts)
+    assert list(row) == COLUMNS
+    weight, inputs = random_layer(12, 16, 3, 8, CPU)
+    assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+    new = weight.clone()
+    proximal_(new, 0.85)
+    zeros = (new == 0).float().mean().item()
+    assert 0 < zeros < 0.25
+    assert row["mask_agreement"] == pytest.approx(0.5 + zeros, abs=1e-6)  # all of them are among the 2 smallest
+    groups = weight.view(-1, 4)
+    lost = groups.masked_fill(groups.abs() > groups.abs().sort(dim=1).values[:, 1:2], 0).view(12, 16)
+    expected = output_norm(new - weight, inputs) / output_norm(lost, inputs)
+    assert row["relative_output_error"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_pattern_that_the_method_cannot_make_is_told(checkouts):
+    with pytest.raises(PatchError, match="method proxsparse: cannot make unstructured; it makes 2:4"):
+        rows("proxsparse", checkouts, "unstructured")
+    with pytest.raises(PatchError, match="method 'prox': unknown; choose one of"):
+        rows("prox", checkouts)
+
+
+def test_the_command_takes_all_methods_with_the_patterns_that_they_can_make(checkouts, tmp_path):
+    output = tmp_path / "rows.csv"
+    arguments = ["--shape", "8x16", "--samples", "2", "--length", "8", "--device", "cpu", "--output", str(output)]
+    result = CliRunner().invoke(
+        benchmark.app, ["pruning", *arguments, "--proxsparse", str(checkouts["proxsparse"])], catch_exceptions=False
+    )
+    assert result.exit_code == 0
+    made = pd.read_csv(output)
+    both = [(name, pattern) for name in ("magnitude", "wanda", "sparsegpt", "thanos") for pattern in PATTERNS]
+    assert list(zip(made.method, made.pattern, strict=True)) == [*both, ("proxsparse", "2:4")]
+    assert made.reference_s.notna().tolist() == [False] * 8 + [True]
 
 
 @pytest.mark.parametrize("method", ["magnitude", "thanos", "random"])

@@ -49,6 +49,7 @@ def test_every_weight_is_within_half_a_step_of_its_own_group(grouping: str, dtyp
     matrix = torch.randn(20, 30, generator=torch.Generator().manual_seed(0)).to(dtype)
     made = quantise(matrix, Compression(group_size=8, grouping=grouping))  # divides neither: the last groups are short
     assert made.maxima.dtype == dtype
+    assert made.codes.shape == made.dequantise().shape == (20, 30)
     for row in range(20):
         for column in range(30):
             first = (row if grouping == "outputs" else column) // 8 * 8
