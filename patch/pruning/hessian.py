@@ -13,7 +13,9 @@ from torch import Tensor
 from patch.artefacts import PatchError
 
 DAMPING_RETRIES = 4
-STRIP, TOKENS, TOKENS_OF_16_BITS = 1024, 4096, 16384
+STRIP = 1024
+TOKENS, TOKENS_OF_16_BITS = 4096, 16384
+"""At a time: those that are converted to the dtype of sums, and those of 16 bits on a GPU, which are not."""
 DOUBLE = 2048
 """Inputs up to which sums on a CPU are in float64: it is cheap there, and masks do not turn with the order of sums."""
 log = logging.getLogger(__name__)
@@ -24,11 +26,21 @@ def sum_dtype(in_features: int, device: torch.device) -> torch.dtype:
     return torch.float64 if device.type == "cpu" and in_features <= DOUBLE else torch.float32
 
 
+def token_parts(inputs: Tensor) -> tuple[Tensor, ...]:
+    """[..., in_features] as [tokens, in_features] each, so many at a time as can be in the dtype of sums, too."""
+    tokens = inputs.reshape(-1, inputs.shape[-1])
+    return tokens.split(TOKENS_OF_16_BITS if _taken_as_they_are(inputs) else TOKENS)
+
+
+def _taken_as_they_are(inputs: Tensor) -> bool:
+    """Numbers of 16 bits on a GPU, whose sums are in float32 without a copy of them in it."""
+    return inputs.is_cuda and inputs.dtype in (torch.bfloat16, torch.float16)
+
+
 class Hessian:
     """H = 2/n * sum of x x^T over the tokens of n sequences, [in_features, in_features] of `sum_dtype`.
 
-    Symmetric: only what lies right of the diagonal, in strips of STRIP rows, is computed and read. TOKENS are in
-    that dtype at a time; on a GPU those of 16 bits are multiplied as they are, TOKENS_OF_16_BITS at a time.
+    Symmetric: only what lies right of the diagonal, in strips of STRIP rows, is computed and read.
     """
 
     def __init__(self, in_features: int, device: torch.device):
@@ -39,8 +51,8 @@ class Hessian:
 
     def add(self, inputs: Tensor) -> None:
         # Tensor cores multiply 16-bit numbers exactly and add them up in float32, many times as fast as float32.
-        exact = inputs.is_cuda and inputs.dtype in (torch.bfloat16, torch.float16)
-        for part in inputs.reshape(-1, inputs.shape[-1]).split(TOKENS_OF_16_BITS if exact else TOKENS):
+        exact = _taken_as_they_are(inputs)
+        for part in token_parts(inputs):
             tokens = part if exact else part.to(self.sum.dtype)
             for start in range(0, len(self.sum), STRIP):
                 rows, columns = tokens[:, start : start + STRIP].T, tokens[:, start:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,3 +219,50 @@ def test_without_a_gpu_the_reference_runs_and_says_so(monkeypatch, caplog):
         "nothing else runs here (decode: the kernels need a CUDA GPU; prefill: for 33 tokens"
     )
     assert not caplog.records
+
+
+class Clock:
+    """A device of 2 GHz and a host that launches on it; times in microseconds."""
+
+    def __init__(self, monkeypatch, launch: float, kernel: float):
+        self.host = self.device = 0.0
+        self.launch, self.kernel = launch, kernel
+        clock = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = clock.device = max(clock.device, clock.host)
+
+            def query(self):
+                return clock.host >= self.at
+
+            def synchronize(self):
+                clock.host = max(clock.host, self.at)
+
+            def elapsed_time(self, end):
+                return (end.at - self.at) / 1e3
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=8))
+
+    def sleep(self, cycles: int) -> None:
+        self.device = max(self.device, self.host) + cycles / 2e3
+
+    def call(self) -> None:
+        self.host += self.launch
+        self.device = max(self.device, self.host) + self.kernel
+
+
+def test_the_time_of_a_kernel_is_that_of_the_device_however_slow_the_host(monkeypatch):
+    for launch in (20.0, 700.0):
+        clock = Clock(monkeypatch, launch, kernel=30.0)
+        assert dispatch._microseconds(clock.call, torch.device("cpu")) == pytest.approx(30.0)
+
+
+def test_a_host_that_no_wait_is_long_enough_for_is_measured_all_the_same(monkeypatch):
+    clock = Clock(monkeypatch, launch=1e6, kernel=30.0)
+    assert dispatch._microseconds(clock.call, torch.device("cpu")) > 30.0

@@ -40,6 +40,8 @@ LARGEST_ERROR = 0.02
 """A kernel whose output is further than this from the plain product, as a share of the largest output, is left out."""
 SCHEMA = "patch.kernel-times/1"
 REPEATS = 7
+SHORTEST_WAIT, LONGEST_WAIT = 400_000, 12_800_000
+"""Clock cycles, some 0.2 to 6.4 ms, that the device waits for the host before a call that is timed."""
 log = logging.getLogger(__name__)
 
 Refusal = Callable[[torch.device, int, HybridWeight], str | None]
@@ -191,19 +193,28 @@ def measure(tokens: int, weight: HybridWeight, names: list[str]) -> dict[str, fl
 
 
 def _microseconds(call: Callable[[], object], device: torch.device) -> float:
-    """Median over calls that each find the L2 cache full of something else and the queue of the device filled."""
+    """Median over calls that each find the L2 cache full of something else and the queue of the device filled.
+
+    The device waits while the host launches the call, and longer from then on where that was not long enough: a busy
+    host's time would otherwise count as the kernel's.
+    """
     cache = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
     call()
-    times = []
-    for _ in range(REPEATS):
+    times: list[float] = []
+    wait = SHORTEST_WAIT
+    while len(times) < REPEATS:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         cache.zero_()
-        torch.cuda._sleep(400_000)  # some 0.2 ms, in which the host launches all of the call
+        torch.cuda._sleep(wait)
         start.record()
         call()
         end.record()
+        late = start.query()
         end.synchronize()
-        times.append(1e3 * start.elapsed_time(end))
+        if late and wait < LONGEST_WAIT:
+            wait *= 2
+        else:
+            times.append(1e3 * start.elapsed_time(end))
     return statistics.median(times)
 
 
