@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patch.benchmarking.contenders import batches, compared, output_norm, random_layer, rounded, run
+from patch.benchmarking.contenders import accumulated, compared, output_norm, random_layer, rounded, run
 from patch.benchmarking.pruning import prune
 from patch.benchmarking.references import load_slim, slim_obstacle
 from patch.benchmarking.shapes import layer_shapes
@@ -85,9 +85,8 @@ def _ours(options: Compression, weight: Tensor, mask: LinearMask, inputs: Tensor
     """New weight [out, in], adapters included."""
     if options.adapter_rank == 0:
         return quantise(weight, options).dequantise()
-    statistic = InputNorm(weight.shape[1], weight.device)
-    for batch in batches(inputs):
-        statistic.add(batch)
+    statistic = accumulated(InputNorm, inputs)
+    assert isinstance(statistic, InputNorm)
     made = compress_weight(weight, mask, statistic.mean().sqrt(), options)
     new_weight, left, right = (matrix.dense(torch.float32, weight.device) for _, matrix in made.matrices())
     return new_weight.addmm_(right.T, left)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from patch.benchmarking.replay import synchronize
+from patch.pruning.base import Statistic
 from patch.pruning.hidden_states import TOKENS_PER_BATCH
 
 REPEATS = 3
@@ -90,6 +91,14 @@ def compared(ours: Run, theirs: Run | None) -> dict[str, Any]:
 def batches(inputs: Tensor) -> tuple[Tensor, ...]:
     """As many sequences at a time as the driver takes."""
     return inputs.split(max(1, TOKENS_PER_BATCH[inputs.device.type] // inputs.shape[1]))
+
+
+def accumulated(kind: type[Statistic], inputs: Tensor) -> Statistic:
+    """The statistic of inputs [samples, length, in], as the driver accumulates it."""
+    statistic = kind(inputs.shape[-1], inputs.device)
+    for batch in batches(inputs):
+        statistic.add(batch)
+    return statistic
 
 
 def output_norm(weight: Tensor, inputs: Tensor) -> float:

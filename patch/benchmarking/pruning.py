@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from patch.artefacts import PatchError
-from patch.benchmarking.contenders import REPEATS, batches, compared, output_norm, random_layer, rounded, run
+from patch.benchmarking.contenders import (
+    REPEATS,
+    accumulated,
+    batches,
+    compared,
+    output_norm,
+    random_layer,
+    rounded,
+    run,
+)
 from patch.benchmarking.references import REPOSITORIES, Prune, load_reference
 from patch.benchmarking.replay import synchronize
 from patch.benchmarking.shapes import layer_shapes
@@ -122,10 +131,7 @@ def _ours(method: str) -> tuple[Prune, type[Statistic] | None]:
 
 def prune(pruner: Pruner, weight: Tensor, inputs: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
     """New weight [out, in]: statistic, mask, and updates where the method has them."""
-    statistic = pruner.statistic(weight.shape[1], weight.device) if pruner.statistic else None
-    if statistic is not None:
-        for batch in batches(inputs):
-            statistic.add(batch)
+    statistic = accumulated(pruner.statistic, inputs) if pruner.statistic else None
     pruned = pruner.prune(weight, statistic, pattern, sparsity)
     return weight.masked_fill(~pruned.keep_mask, 0) if pruned.new_weight is None else pruned.new_weight
 

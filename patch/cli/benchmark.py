@@ -162,13 +162,20 @@ def curves(
     log.info("%s", ", ".join(f"{name} {value:.4f}" for name, value in summary(curves).items()))
 
 
+LAYERS = ["qwen2.5-0.5b", "llama-2-7b"]
+"""Whose layers are timed where none are named."""
+LayerShapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shape", help=f"A shape of `benchmark learning`, or a layer OUTxIN. Default: {' and '.join(LAYERS)}."
+    ),
+]
+
+
 @app.command("pruning", cls=Recorded)
 def pruning(
     output: RowsFile,
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(help="A shape of `benchmark learning`, or a layer OUTxIN. Default: qwen2.5-0.5b and llama-2-7b."),
-    ] = None,
+    shape: LayerShapes = None,
     method: Annotated[
         list[str] | None, typer.Option(help="A one-shot method, or proxsparse; repeat for more. Default: all.")
     ] = None,
@@ -196,7 +203,7 @@ def pruning(
     use_threads(threads)
     given = {"wanda": wanda, "sparsegpt": sparsegpt, "thanos": thanos, "proxsparse": proxsparse}
     checkouts = {name: path for name, path in given.items() if path}
-    for layer in shape or ["qwen2.5-0.5b", "llama-2-7b"]:
+    for layer in shape or LAYERS:
         for name in method or REPOSITORIES:
             usual = [text for text in ("2:4", "unstructured") if makes(name, Pattern.parse(text))]
             for text in pattern or usual:
@@ -212,10 +219,7 @@ def pruning(
 @app.command("compression")
 def compression(
     output: RowsFile,
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(help="A shape of `benchmark learning`, or a layer OUTxIN. Default: qwen2.5-0.5b and llama-2-7b."),
-    ] = None,
+    shape: LayerShapes = None,
     quantiser: Annotated[
         list[str] | None,
         typer.Option(help="slim_quant, group_absmax or absmax; repeat for more. Default: the first two."),
@@ -237,7 +241,7 @@ def compression(
 
     use_threads(threads)
     ranks = parse_numbers("--rank", rank)
-    for layer in shape or ["qwen2.5-0.5b", "llama-2-7b"]:
+    for layer in shape or LAYERS:
         for name in quantiser or ["slim_quant", "group_absmax"]:
             for share in ranks:
                 options = make_compression({"quantiser": name, "adapter_rank": share})

@@ -32,6 +32,11 @@ def token_parts(inputs: Tensor) -> tuple[Tensor, ...]:
     return tokens.split(TOKENS_OF_16_BITS if _taken_as_they_are(inputs) else TOKENS)
 
 
+def sequence_count(inputs: Tensor) -> int:
+    """Of [sequences, tokens, in_features], or of the one [tokens, in_features]."""
+    return inputs.shape[0] if inputs.dim() > 2 else 1
+
+
 def _taken_as_they_are(inputs: Tensor) -> bool:
     """Numbers of 16 bits on a GPU, whose sums are in float32 without a copy of them in it."""
     return inputs.is_cuda and inputs.dtype in (torch.bfloat16, torch.float16)
@@ -61,7 +66,7 @@ class Hessian:
                     torch.addmm(strip, rows, columns, out_dtype=torch.float32, out=strip)
                 else:
                     strip.addmm_(rows, columns)
-        self.sequences += inputs.shape[0] if inputs.dim() > 2 else 1
+        self.sequences += sequence_count(inputs)
 
     def is_finite(self) -> bool:
         return bool(self.sum.diagonal().float().isfinite().all())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from patch.methods import Wanda
 from patch.pruning.base import Pruned, Statistic, select
-from patch.pruning.hessian import sum_dtype, token_parts
+from patch.pruning.hessian import sequence_count, sum_dtype, token_parts
 from patch.sparsity.patterns import Pattern
 
 
@@ -22,7 +22,7 @@ class InputNorm:
     def add(self, inputs: Tensor) -> None:
         for tokens in token_parts(inputs):  # of which one at a time is in another dtype
             self.sum_of_squares += torch.linalg.vector_norm(tokens, dim=0, dtype=self.sum_of_squares.dtype).square()
-        self.sequences += inputs.shape[0] if inputs.dim() > 2 else 1
+        self.sequences += sequence_count(inputs)
 
     def mean(self) -> Tensor:
         return (self.sum_of_squares / self.sequences).float()

@@ -7,7 +7,7 @@
 //       step of the ring, 48 KiB:    | tile of W, 16 KiB | x [256 tokens, 64 columns], 32 KiB |
 //
 // Two blocks, a cluster, work on the same tokens and on rows of tiles with about as many dense ones. Each reads half of x
-// for both: what the L2 cache gives in a step bounds the kernel, not what the tensor cores multiply.
+// for both: what a step reads bounds the kernel, not what the tensor cores multiply.
 //
 // Clusters stay, and take every so-manieth piece of work; the rows of W with most dense tiles come first, so that those
 // that run at the same time have about equal work. Results leave through shared memory, transposed to rows of tokens.
